@@ -1,0 +1,7 @@
+"""Averaged weights for PyTorch, kept by the optimizer."""
+
+from averaging_optim._optimizer import AveragingOptimizer
+from averaging_optim._rules import EMA, SWA, T_ADEMA, Rule
+
+__all__ = ["EMA", "SWA", "T_ADEMA", "AveragingOptimizer", "Rule"]
+__version__ = "0.1.0"

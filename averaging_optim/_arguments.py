@@ -1,0 +1,76 @@
+"""What a user hands over, checked before anything is built from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from averaging_optim._rules import Rule
+
+
+def check_optimizer(optimizer: object) -> None:
+    """Raise unless this is a torch optimizer with sound `average` flags."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}.")
+    for group in optimizer.param_groups:
+        check_average_flag(group)
+
+
+def check_average_flag(group: Mapping[str, Any]) -> None:
+    """Raise unless the group says True, False or nothing about averaging."""
+    average = group.get("average", True)
+    if not isinstance(average, bool):
+        raise TypeError(f"`average` must be True or False, got {average!r}.")
+
+
+def checked_rules(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
+    """Return name → rule; a rule alone is named after its class."""
+    if isinstance(rule, Rule):
+        return {type(rule).__name__.lower(): rule}
+    if not isinstance(rule, Mapping):
+        raise TypeError(f"`rule` must be a Rule or a mapping of names to Rules, got {rule!r}.")
+    if not rule:
+        raise ValueError(f"`rule` must name at least one Rule, got {rule!r}.")
+    for name, each in rule.items():
+        if not isinstance(name, str) or not isinstance(each, Rule):
+            raise TypeError(f"`rule` must map strings to Rules, got {name!r}: {each!r}.")
+    return dict(rule)
+
+
+def checked_buffers(buffers: Iterable[Tensor], optimizer: Optimizer) -> tuple[Tensor, ...]:
+    """Return the buffers, each once."""
+    if isinstance(buffers, Tensor) or not isinstance(buffers, Iterable):
+        raise TypeError(f"`buffers` must be an iterable of tensors, got {buffers!r}.")
+    unique = tuple(dict.fromkeys(buffers))
+    trained = {weight for group in optimizer.param_groups for weight in group["params"]}
+    for buffer in unique:
+        if not isinstance(buffer, Tensor):
+            raise TypeError(f"`buffers` must hold tensors, got {buffer!r}.")
+        if buffer in trained:
+            raise ValueError("`buffers` must hold no parameter that is trained, got one.")
+    return unique
+
+
+def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype, a floating-point one, or None."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"`dtype` must be a torch.dtype, got {dtype!r}.")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be floating-point, got {dtype}.")
+    return dtype
+
+
+def checked_device(device: torch.device | str | int | None) -> torch.device | None:
+    """Return the device with its index, as tensors name theirs: "cuda" is cuda:0."""
+    if device is None:
+        return None
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"`device` must be one that torch can use here, got {device!r}."
+        ) from error

@@ -1,0 +1,271 @@
+"""Averages in a state dict. What does not fit is refused, and nothing given is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from averaging_optim._average import Average
+from averaging_optim._tensors import kind_of
+
+STEPS = "averaging_steps"
+COUNT = "n_averaged_"
+AVERAGE = "averaged_"
+BUFFERS = "averaged_buffers"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a state dict holds.
+
+    wrapped: the state dict of the wrapped optimizer.
+    counters: key in a parameter group → count.
+    averages: name of a rule → parameter or buffer → its average, for each rule of
+        which the state dict has averages.
+    missing: what it has no entry for and ought to, in words.
+    """
+
+    wrapped: dict[str, Any]
+    counters: dict[str, int]
+    averages: dict[str, dict[Tensor, Tensor]]
+    missing: list[str]
+
+
+def write_checkpoint(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    buffers: Sequence[Tensor],
+    averages: Mapping[str, Average],
+) -> dict[str, Any]:
+    """Return the wrapped optimizer's state dict with the averages in their places."""
+    state = dict(state_dict["state"])
+    for index, weight in _averaged_weights(state_dict["param_groups"], groups).items():
+        kept = {
+            AVERAGE + name: average.read(weight)
+            for name, average in averages.items()
+            if weight in average.tensors
+        }
+        if kept:
+            state[index] = {**state.get(index, {}), **kept}
+    written = {**state_dict, "state": state}
+    made = {name: average for name, average in averages.items() if average.tensors}
+    if buffers and made:
+        written[BUFFERS] = {
+            name: [average.read(each) for each in buffers] for name, average in made.items()
+        }
+    return written
+
+
+def read_checkpoint(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    buffers: Sequence[Tensor],
+    names: Collection[str],
+) -> Checkpoint:
+    """Take apart a state dict for an optimizer with these groups, buffers and rules.
+
+    Raises:
+        ValueError: an entry does not fit; the message names it.
+    """
+    saved_groups = _matching_groups(state_dict.get("param_groups"), groups)
+    state = _mapping("state", state_dict.get("state"))
+    saved_buffers = _mapping(BUFFERS, state_dict.get(BUFFERS, {}))
+    weights = _averaged_weights(saved_groups, groups)
+    _refuse_unknown(state, saved_groups, saved_buffers, weights, names)
+
+    averages = {
+        name: found
+        for name in names
+        if (found := _weight_averages(AVERAGE + name, state, weights)) is not None
+    }
+    steps = _counter(saved_groups, STEPS, required=bool(averages))
+    counts = {
+        name: _counter(saved_groups, COUNT + name, required=name in averages) for name in names
+    }
+    missing = [repr(name) for name in names if name not in averages and counts[name] != 0]
+    if buffers:
+        missing += [f"the buffers of {name!r}" for name in averages if name not in saved_buffers]
+    for name, found in averages.items():
+        found.update(_buffer_averages(name, saved_buffers, buffers))
+
+    counters = {COUNT + name: counts[name] if name in averages else 0 for name in names}
+    counters[STEPS] = steps if averages or not missing else 0
+    return Checkpoint(
+        wrapped=_without_averages(state_dict, state, saved_groups),
+        counters={key: count or 0 for key, count in counters.items()},
+        averages=averages,
+        missing=missing,
+    )
+
+
+def _matching_groups(saved_groups: Any, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the saved groups, with the present `average` where they do not say."""
+    if not isinstance(saved_groups, list) or len(saved_groups) != len(groups):
+        raise ValueError(f"`param_groups` must be a list of {len(groups)} groups.")
+    matching = []
+    for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        entry, size = f"param_groups[{i}]", len(group["params"])
+        saved_parameters = _mapping(entry, saved).get("params")
+        if not isinstance(saved_parameters, list) or len(saved_parameters) != size:
+            raise ValueError(f"`{entry}['params']` must be a list of {size} parameters.")
+        average = saved.get("average", group.get("average", True))
+        if not isinstance(average, bool):
+            raise ValueError(f"`{entry}['average']` must be True or False, got {average!r}.")
+        matching.append(saved if average else {**saved, "average": False})
+    return matching
+
+
+def _mapping(entry: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"`{entry}` must be a dict, got {value!r}.")
+    return value
+
+
+def _averaged_weights(
+    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
+) -> dict[Any, Tensor]:
+    """Return index in the state dict → parameter, for the groups that are averaged."""
+    return {
+        index: parameter
+        for saved, group in zip(saved_groups, groups, strict=True)
+        if saved.get("average", True)
+        for index, parameter in zip(saved["params"], group["params"], strict=True)
+    }
+
+
+def _refuse_unknown(
+    state: Mapping[Any, Any],
+    saved_groups: Sequence[Mapping[str, Any]],
+    saved_buffers: Mapping[str, Any],
+    weights: Mapping[Any, Tensor],
+    names: Collection[str],
+) -> None:
+    averages = {AVERAGE + name for name in names}
+    for index, entry in state.items():
+        for key in filter(_is_average, entry if isinstance(entry, Mapping) else ()):
+            if index not in weights or key not in averages:
+                raise ValueError(f"`state[{index!r}][{key!r}]` is the average of nothing here.")
+    for i, group in enumerate(saved_groups):
+        for key in group:
+            if str(key).startswith(COUNT) and key.removeprefix(COUNT) not in names:
+                raise ValueError(f"`param_groups[{i}][{key!r}]` counts for no rule here.")
+    for name in saved_buffers:
+        if name not in names:
+            raise ValueError(f"`{BUFFERS}[{name!r}]` belongs to no rule here.")
+
+
+def _is_average(key: object) -> bool:
+    return isinstance(key, str) and key.startswith(AVERAGE)
+
+
+def _counter(saved_groups: Sequence[Mapping[str, Any]], key: str, required: bool) -> int | None:
+    """Return the count all groups agree on, None if they have none."""
+    if not required and not any(key in group for group in saved_groups):
+        return None
+    expected = saved_groups[0].get(key)
+    for i, group in enumerate(saved_groups):
+        count = group.get(key)
+        if type(count) is not int or count < 0:
+            raise ValueError(
+                f"`param_groups[{i}][{key!r}]` must be a non-negative int, got {count!r}."
+            )
+        if count != expected:
+            raise ValueError(
+                f"`param_groups[{i}][{key!r}]` must be as in the first group, {expected}, "
+                f"got {count}."
+            )
+    return expected
+
+
+def _weight_averages(
+    key: str, state: Mapping[Any, Any], weights: Mapping[Any, Tensor]
+) -> dict[Tensor, Tensor] | None:
+    """Return parameter → saved average, None if no parameter has one."""
+    saved = {index: state.get(index, {}).get(key) for index in weights}
+    if weights and all(average is None for average in saved.values()):
+        return None
+    for index, weight in weights.items():
+        check_average(f"state[{index!r}][{key!r}]", saved[index], weight)
+    return {weight: saved[index] for index, weight in weights.items()}
+
+
+def _buffer_averages(
+    name: str, saved_buffers: Mapping[str, Any], buffers: Sequence[Tensor]
+) -> dict[Tensor, Tensor]:
+    """Return buffer → saved average, nothing if none is saved."""
+    if name not in saved_buffers:
+        return {}
+    entry, saved = f"{BUFFERS}[{name!r}]", saved_buffers[name]
+    if not isinstance(saved, list) or len(saved) != len(buffers):
+        raise ValueError(f"`{entry}` must be a list of {len(buffers)} tensors.")
+    for i, buffer in enumerate(buffers):
+        check_average(f"{entry}[{i}]", saved[i], buffer)
+    return dict(zip(buffers, saved, strict=True))
+
+
+def read_exported(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+) -> dict[Tensor, Tensor]:
+    """Return weight or buffer → its value in a state dict of the model.
+
+    Raises:
+        ValueError: an entry does not fit, or the model has not all of the weights.
+    """
+    present = model.state_dict(keep_vars=True)
+    for key in state_dict:
+        if key not in present:
+            raise ValueError(f"`state_dict[{key!r}]` must be an entry of the model's.")
+    # A tied parameter has several keys; those that were exported come last and stay.
+    keys = {
+        tensor: key
+        for key, tensor in sorted(present.items(), key=lambda item: item[0] in state_dict)
+        if isinstance(tensor, Tensor)
+    }
+    for weight in weights:
+        if weight not in keys:
+            raise ValueError(
+                "`model` must have all parameters that are averaged, lacks one of shape "
+                f"{tuple(weight.shape)}."
+            )
+    # Buffers that the model does not persist are in no export of it.
+    wanted = [*weights, *(buffer for buffer in buffers if buffer in keys)]
+    for tensor in wanted:
+        check_average(f"state_dict[{keys[tensor]!r}]", state_dict.get(keys[tensor]), tensor)
+    return {tensor: state_dict[keys[tensor]] for tensor in wanted}
+
+
+def check_average(entry: str, average: object, tensor: Tensor) -> None:
+    """Raise a ValueError unless the average is a tensor that can stand for `tensor`."""
+    if not isinstance(average, Tensor):
+        raise ValueError(f"`{entry}` must be a tensor, got {average!r}.")
+    if average.shape != tensor.shape:
+        raise ValueError(
+            f"`{entry}` must have the shape {tuple(tensor.shape)}, got {tuple(average.shape)}."
+        )
+    if kind_of(average) != kind_of(tensor):
+        raise ValueError(f"`{entry}` must be {kind_of(tensor)}, got {average.dtype}.")
+
+
+def _without_averages(
+    state_dict: Mapping[str, Any],
+    state: Mapping[Any, Any],
+    saved_groups: list[Any],
+) -> dict[str, Any]:
+    """Return the state dict of the wrapped optimizer; the one given stays as it is."""
+    others = {key: value for key, value in state_dict.items() if key != BUFFERS}
+    return {**others, "param_groups": saved_groups, "state": dict(_entries_without(state))}
+
+
+def _entries_without(state: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+    for index, entry in state.items():
+        if not isinstance(entry, Mapping) or not any(map(_is_average, entry)):
+            yield index, entry
+        elif rest := {key: value for key, value in entry.items() if not _is_average(key)}:
+            # An entry of averages alone is left out: optimizers take an entry for initialised.
+            yield index, rest
