@@ -11,6 +11,7 @@ import copy
 import statistics
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import matplotlib.pyplot as plt
 import torch
@@ -121,7 +122,8 @@ def evaluate(
 def accuracy(model: nn.Module, test: TensorDataset) -> float:
     images, labels = test.tensors
     model.eval()
-    return 100 * (model(images).argmax(1) == labels).float().mean().item()
+    hits: Tensor = model(images).argmax(1) == labels
+    return 100 * hits.float().mean().item()
 
 
 def check_resume(model: nn.Module, optimizer: AveragingOptimizer, steps: int) -> None:
@@ -141,7 +143,7 @@ def check_resume(model: nn.Module, optimizer: AveragingOptimizer, steps: int) ->
             raise RuntimeError(f"The {name} average changed when it was saved and loaded.")
 
 
-def run(seed: int, epochs: int, progress: tqdm[None]) -> Curves:
+def run(seed: int, epochs: int, progress: tqdm[NoReturn]) -> Curves:
     """Train once and return the test accuracy after each epoch."""
     torch.manual_seed(seed)
     train, test = digits()

@@ -1,0 +1,86 @@
+"""Small real training runs that the tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from averaging_optim import AveragingOptimizer, Rule
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Return the same model of four parameters at each call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).to(dtype)
+
+
+def model_with_batch_norm() -> nn.Sequential:
+    """Return the same model with floating-point and integer buffers at each call."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def averaging_sgd(
+    model: nn.Module,
+    rule: Rule | dict[str, Rule],
+    *,
+    buffers: Iterable[Tensor] = (),
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+) -> AveragingOptimizer:
+    sgd = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return AveragingOptimizer(sgd, rule, buffers=buffers, dtype=dtype, device=device)
+
+
+def train(model: nn.Module, optimizer: Optimizer, steps: int, first: int = 0) -> list[list[Tensor]]:
+    """Train on batches numbered from `first`, and return the weights after each step."""
+    snapshots = []
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss_of_batch(model, step).backward()
+        optimizer.step()
+        snapshots.append(values(model.parameters()))
+    return snapshots
+
+
+def first_layer(model: nn.Sequential) -> nn.Linear:
+    layer = model[0]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    return [weight.grad for weight in model.parameters() if weight.grad is not None]
+
+
+def loss_of_batch(model: nn.Module, number: int) -> Tensor:
+    first = next(model.parameters())
+    generator = torch.Generator().manual_seed(number)
+    batch = torch.randn(8, 3, generator=generator).to(first.dtype)
+    loss: Tensor = (model(batch) - 1).square().mean()
+    return loss
+
+
+def values(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def averages(optimizer: AveragingOptimizer, name: str) -> list[Tensor]:
+    """Return the averages of all parameters, in the order of the state dict."""
+    state = optimizer.state_dict()["state"]
+    return [state[index][f"averaged_{name}"].clone() for index in sorted(state)]
+
+
+def same(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
+    """Return whether all tensors are equal bit for bit, NaN included, and of one dtype."""
+    return all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
