@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,13 @@ def check_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}.")
     for group in optimizer.param_groups:
-        check_average_flag(group)
+        check_group(group)
 
 
-def check_average_flag(group: Mapping[str, Any]) -> None:
-    """Raise unless the group says True, False or nothing about averaging."""
+def check_group(group: object) -> None:
+    """Raise unless this is a dict that says True, False or nothing about averaging."""
+    if not isinstance(group, dict):
+        raise TypeError(f"`param_group` must be a dict, got {group!r}.")
     average = group.get("average", True)
     if not isinstance(average, bool):
         raise TypeError(f"`average` must be True or False, got {average!r}.")

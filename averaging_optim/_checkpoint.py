@@ -81,9 +81,10 @@ def read_checkpoint(
         for name in names
         if (found := _weight_averages(AVERAGE + name, state, weights)) is not None
     }
-    steps = _counter(saved_groups, STEPS, required=bool(averages))
+    steps = _counter(saved_groups, STEPS, required=any(averages.values()))
     counts = {
-        name: _counter(saved_groups, COUNT + name, required=name in averages) for name in names
+        name: _counter(saved_groups, COUNT + name, required=bool(averages.get(name)))
+        for name in names
     }
     missing = [repr(name) for name in names if name not in averages and counts[name] != 0]
     if buffers:
@@ -183,13 +184,13 @@ def _counter(saved_groups: Sequence[Mapping[str, Any]], key: str, required: bool
 def _weight_averages(
     key: str, state: Mapping[Any, Any], weights: Mapping[Any, Tensor]
 ) -> dict[Tensor, Tensor] | None:
-    """Return parameter → saved average, None if no parameter has one."""
-    saved = {index: state.get(index, {}).get(key) for index in weights}
-    if weights and all(average is None for average in saved.values()):
+    """Return parameter → saved average, None if no parameter has one and one should."""
+    entries = {index: _mapping(f"state[{index!r}]", state.get(index, {})) for index in weights}
+    if weights and not any(key in entry for entry in entries.values()):
         return None
     for index, weight in weights.items():
-        check_average(f"state[{index!r}][{key!r}]", saved[index], weight)
-    return {weight: saved[index] for index, weight in weights.items()}
+        check_average(f"state[{index!r}][{key!r}]", entries[index].get(key), weight)
+    return {weight: entries[index][key] for index, weight in weights.items()}
 
 
 def _buffer_averages(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from averaging_optim._arguments import (
-    check_average_flag,
+    check_group,
     check_optimizer,
     checked_buffers,
     checked_device,
@@ -334,7 +334,7 @@ class AveragingOptimizer(Optimizer):
             ValueError: torch refuses the group.
         """
         self._refuse_inside_swap("add_param_group")
-        check_average_flag(param_group)
+        check_group(param_group)
         self.optimizer.add_param_group(param_group)
         for key in self._counters():
             self._set_count(key, self._count(key))

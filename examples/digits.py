@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -106,6 +108,7 @@ def evaluate(
     """Return the test accuracy in percent, of the raw weights and of each average.
 
     Raw weights gain from new BatchNorm statistics as averages do, so they are tested with both.
+    An average that has not started has none: NaN.
     """
     copied = copy.deepcopy(model)
     found = {"raw weights": accuracy(copied, test)}
@@ -114,7 +117,8 @@ def evaluate(
     for name in optimizer.rules:
         with optimizer.swap_to_averaged(name):
             update_bn(train, model)
-            found[name] = accuracy(model, test)
+            started = optimizer.param_groups[0][f"n_averaged_{name}"] > 0
+            found[name] = accuracy(model, test) if started else math.nan
     return found
 
 
@@ -182,8 +186,10 @@ def draw(runs: list[Curves], path: Path) -> None:
         title=f"Digits, {RANDOM_LABELS:.0%} random training labels, {len(runs)} seeds",
         xlabel="epoch",
         ylabel="test accuracy (%)",
+        ylim=(70, 100),
     )
-    axes.legend(loc="lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import (
     averages,
     averaging_sgd,
+    everything,
     first_layer,
     loss_of_batch,
     model_with_batch_norm,
@@ -28,17 +32,6 @@ from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
 from averaging_optim._tensors import SCRATCH_BYTES
 
 TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
-
-
-def everything(model: nn.Module, optimizer: AveragingOptimizer) -> list[Tensor]:
-    """Return copies of all values the model and the optimizer hold, counters included."""
-    state_dict = optimizer.state_dict()
-    entries = [state_dict["state"][index] for index in sorted(state_dict["state"])]
-    kept = [entry[key] for entry in entries for key in sorted(entry)]
-    for buffers in state_dict.get("averaged_buffers", {}).values():
-        kept += buffers
-    counters = [torch.tensor(group["averaging_steps"]) for group in state_dict["param_groups"]]
-    return values([*model.parameters(), *model.buffers(), *kept, *counters])
 
 
 DTYPES = [
@@ -248,6 +241,53 @@ def test_a_copy_that_fails_half_way_restores_what_was_swapped() -> None:
         raise AssertionError("not reached")
     assert same(model.parameters(), before)
     train(model, optimizer, 1, first=2)
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """Let the call of this number, of those that copy or allocate, raise as a full device does."""
+
+    def __init__(self, number: int) -> None:
+        TorchDispatchMode.__init__(self)
+        self.left = number
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in COPIES_AND_ALLOCATIONS:
+            self.left -= 1
+            if self.left == 0:
+                raise torch.OutOfMemoryError("injected")
+        return func(*args, **(kwargs or {}))
+
+
+aten = torch.ops.aten
+COPIES_AND_ALLOCATIONS = (aten.copy_, aten._foreach_copy_, aten.clone, aten.new_empty, aten.empty)
+
+
+@pytest.mark.parametrize(("weights", "dtype"), DTYPES)
+def test_running_out_of_memory_at_any_point_of_entering_restores_everything(
+    weights: torch.dtype, dtype: torch.dtype | None
+) -> None:
+    model = small_model(weights)
+    optimizer = averaging_sgd(model, EMA(0.5), dtype=dtype, buffers=[torch.ones(3)])
+    train(model, optimizer, 3)
+    before = everything(model, optimizer)
+    with optimizer.swap_to_averaged():
+        expected = values(model.parameters())
+    failures = 0
+    for number in itertools.count(1):
+        try:
+            with contextlib.ExitStack() as swap:
+                with OutOfMemoryAt(number):
+                    swap.enter_context(optimizer.swap_to_averaged())
+                assert same(model.parameters(), expected)
+        except torch.OutOfMemoryError:
+            failures += 1
+            assert same(everything(model, optimizer), before)
+        else:
+            break
+    assert failures >= 3
+    assert same(everything(model, optimizer), before)
 
 
 def read_only(tensor: Tensor) -> None:

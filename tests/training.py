@@ -74,6 +74,17 @@ def averages(optimizer: AveragingOptimizer, name: str) -> list[Tensor]:
     return [state[index][f"averaged_{name}"].clone() for index in sorted(state)]
 
 
+def everything(model: nn.Module, optimizer: AveragingOptimizer) -> list[Tensor]:
+    """Return copies of all values the model and the optimizer hold, counters included."""
+    state_dict = optimizer.state_dict()
+    entries = [state_dict["state"][index] for index in sorted(state_dict["state"])]
+    kept = [entry[key] for entry in entries for key in sorted(entry)]
+    for buffers in state_dict.get("averaged_buffers", {}).values():
+        kept += buffers
+    counters = [torch.tensor(group["averaging_steps"]) for group in state_dict["param_groups"]]
+    return values([*model.parameters(), *model.buffers(), *kept, *counters])
+
+
 def same(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
     """Return whether all tensors are equal bit for bit, NaN included, and of one dtype."""
     return all(
