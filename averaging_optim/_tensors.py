@@ -91,8 +91,8 @@ def replaced(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[N
 
 
 def independent(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy that shares neither memory nor graph."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+    """Return a copy that shares neither memory nor graph."""
+    return tensor.detach().clone()
 
 
 def is_known_zero(number: float | Tensor | None) -> bool:
