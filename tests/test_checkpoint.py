@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 import pickle
 import re
 import warnings
@@ -300,26 +302,17 @@ Damage = Callable[[dict[str, Any]], Any]
 def put(*path: Any) -> Damage:
     """Return a function that puts the last item into the place that the others lead to."""
     *way, key, value = path
-
-    def damage(state_dict: dict[str, Any]) -> None:
-        place: Any = state_dict
-        for step in way:
-            place = place[step]
-        place[key] = value
-
-    return damage
+    return lambda state_dict: place(state_dict, way).__setitem__(key, value)
 
 
 def drop(*path: Any) -> Damage:
+    """Return a function that deletes what the items lead to."""
     *way, key = path
+    return lambda state_dict: place(state_dict, way).__delitem__(key)
 
-    def damage(state_dict: dict[str, Any]) -> None:
-        place: Any = state_dict
-        for step in way:
-            place = place[step]
-        del place[key]
 
-    return damage
+def place(nested: Any, way: list[Any]) -> Any:
+    return functools.reduce(operator.getitem, way, nested)
 
 
 COUNTER = r"`param_groups\[0\]\['{}'\]` must be a non-negative int, got {}\."
