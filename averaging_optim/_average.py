@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from averaging_optim._copies import made_anew
 from averaging_optim._tensors import (
     are_alike,
     copy_into,
@@ -54,6 +55,7 @@ class Average:
         with (
             replaced(others, [self.tensors[other] for other in others]),
             exchanged(alike, [self.tensors[weight] for weight in alike]),
+            made_anew(weights),
         ):
             self._exchanged = frozenset(alike)
             try:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from averaging_optim._average import Average
-from averaging_optim._tensors import kind_of
+from averaging_optim._tensors import kind_of, layout_of
 
 STEPS = "averaging_steps"
 COUNT = "n_averaged_"
@@ -188,17 +188,21 @@ def _weight_averages(
     entries = {index: _mapping(f"state[{index!r}]", state.get(index, {})) for index in weights}
     if weights and not any(key in entry for entry in entries.values()):
         return None
+    averages = {}
     for index, weight in weights.items():
-        check_average(f"state[{index!r}][{key!r}]", entries[index].get(key), weight)
-    return {weight: entries[index][key] for index, weight in weights.items()}
+        # torch.distributed.checkpoint loads no state of frozen weights, which are their average.
+        default = None if weight.requires_grad else weight.detach()
+        averages[weight] = entries[index].get(key, default)
+        check_average(f"state[{index!r}][{key!r}]", averages[weight], weight)
+    return averages
 
 
 def _buffer_averages(
     name: str, saved_buffers: Mapping[str, Any], buffers: Sequence[Tensor]
 ) -> dict[Tensor, Tensor]:
-    """Return buffer → saved average, nothing if none is saved."""
+    """Return buffer → saved average, the buffer itself if none is saved."""
     if name not in saved_buffers:
-        return {}
+        return dict(zip(buffers, buffers, strict=True))
     entry, saved = f"{BUFFERS}[{name!r}]", saved_buffers[name]
     if not isinstance(saved, list) or len(saved) != len(buffers):
         raise ValueError(f"`{entry}` must be a list of {len(buffers)} tensors.")
@@ -251,6 +255,11 @@ def check_average(entry: str, average: object, tensor: Tensor) -> None:
         )
     if kind_of(average) != kind_of(tensor):
         raise ValueError(f"`{entry}` must be {kind_of(tensor)}, got {average.dtype}.")
+    if layout_of(average) != layout_of(tensor):
+        raise ValueError(
+            f"`{entry}` must be spread over devices as its weight is, {layout_of(tensor)}, "
+            f"got {layout_of(average)}. See torch.distributed.tensor.distribute_tensor."
+        )
 
 
 def _without_averages(

@@ -21,6 +21,13 @@ def kind_of(tensor: Tensor) -> str:
     return "floating-point" if tensor.is_floating_point() else "integer"
 
 
+def layout_of(tensor: Tensor) -> object:
+    """Return how a DTensor is spread over its devices, None for a tensor of one device."""
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        return tensor.device_mesh, tensor.placements
+    return None
+
+
 def are_alike(first: Tensor, second: Tensor) -> bool:
     """Return whether both have one dtype and device, so that either can hold the other."""
     return first.dtype == second.dtype and first.device == second.device
@@ -116,11 +123,18 @@ def _by_kind(
 ) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
     """Gather pairs of the same dtypes and devices, as foreach kernels want them."""
     kinds: dict[object, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for target, source in zip(targets, sources, strict=True):
+    for target, source in zip(map(_local, targets), map(_local, sources), strict=True):
         group = kinds[target.dtype, target.device, source.dtype, source.device]
         group[0].append(target)
         group[1].append(source)
     return kinds.values()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor, in the same memory; else the tensor itself."""
+    # By name, as importing DTensor takes half a second and not every torch is built with it.
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def _blocks(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[_Block]:

@@ -198,6 +198,20 @@ def test_a_state_dict_made_inside_is_the_one_made_outside_and_stays_right(
     assert inside["param_groups"] == outside["param_groups"]
 
 
+def test_weights_that_autocast_has_cast_are_cast_anew_inside_and_outside() -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, EMA(0.5))
+    train(model, optimizer, 3)
+    teacher = optimizer.averaged_model(model)
+    batch = torch.randn(5, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(batch)
+        with optimizer.swap_to_averaged():
+            inside = model(batch)
+        assert same([model(batch)], [before])
+        assert same([inside], [teacher(batch)])
+
+
 def test_before_the_first_average_a_swap_is_the_identity() -> None:
     model = small_model()
     optimizer = averaging_sgd(model, SWA(start=100))

@@ -1,0 +1,385 @@
+"""Training over several processes: what each rank averages, swaps and saves is its own part.
+
+All ranks see the same batches, so that the mean gradient of two is that of one process, exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import in_processes
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Adam, Optimizer
+from training import (
+    averaging_sgd,
+    loss_of_batch,
+    model_with_batch_norm,
+    same,
+    small_model,
+    train,
+    values,
+)
+
+from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
+
+WHOLE = StateDictOptions(full_state_dict=True)
+RULES: dict[str, Rule] = {"ema": EMA(0.5), "swa": SWA(start=2), "t_adema": T_ADEMA(0.9, 5)}
+
+
+class Life(TypedDict):
+    """What one process saw of a training run; whole tensors, also where they are sharded."""
+
+    snapshots: list[list[Tensor]]
+    averages: dict[str, list[Tensor]]
+    inside: dict[str, list[Tensor]]
+    losses: dict[str, Tensor]
+    after: list[Tensor]
+    counters: dict[str, int]
+
+
+def live(model: nn.Module, optimizer: AveragingOptimizer, steps: int = 6, first: int = 0) -> Life:
+    """Train, look at every average, and train one step more."""
+    snapshots = [whole(step) for step in train(model, optimizer, steps, first)]
+    with torch.no_grad():
+        losses = {"before": loss_of_batch(model, 0)}
+    inside = {}
+    for name in optimizer.rules:
+        with torch.no_grad(), optimizer.swap_to_averaged(name):
+            inside[name] = whole(weights_of(optimizer))
+            losses[name] = loss_of_batch(model, 0)
+    with torch.no_grad():
+        losses["after"] = loss_of_batch(model, 0)
+    averages = whole_averages(optimizer)
+    (after,) = train(model, optimizer, 1, first=first + steps)
+    return Life(
+        snapshots=snapshots,
+        averages=averages,
+        inside=inside,
+        losses=losses,
+        after=whole(after),
+        counters=counters_of(optimizer),
+    )
+
+
+def whole_averages(optimizer: AveragingOptimizer) -> dict[str, list[Tensor]]:
+    return {
+        name: whole(optimizer.state[weight][f"averaged_{name}"] for weight in weights_of(optimizer))
+        for name in optimizer.rules
+    }
+
+
+def counters_of(optimizer: AveragingOptimizer) -> dict[str, int]:
+    group = optimizer.param_groups[0]
+    return {key: group[key] for key in group if "averag" in key}
+
+
+def weights_of(optimizer: Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def whole(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [
+        (each.full_tensor() if isinstance(each, DTensor) else each).detach().clone()
+        for each in tensors
+    ]
+
+
+def averaging_adam(model: nn.Module) -> AveragingOptimizer:
+    return AveragingOptimizer(Adam(model.parameters(), lr=0.01), RULES)
+
+
+def alone() -> Life:
+    model = small_model()
+    return live(model, averaging_adam(model))
+
+
+def with_data_parallel() -> Life:
+    model = nn.DataParallel(small_model())
+    return live(model, averaging_adam(model))
+
+
+def with_ddp() -> Life:
+    model = DistributedDataParallel(small_model())
+    return live(model, averaging_adam(model))
+
+
+def with_fsdp() -> Life:
+    model = sharded_model()
+    return live(model, averaging_adam(model))
+
+
+def with_tensor_parallel() -> Life:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    model = parallelize_module(small_model(), mesh, plan)
+    return live(model, averaging_adam(model))
+
+
+def with_zero() -> Life:
+    model = DistributedDataParallel(small_model())
+    zero = ZeroRedundancyOptimizer(model.parameters(), Adam, lr=0.01)
+    return live(model, AveragingOptimizer(zero, RULES))
+
+
+def sharded_model() -> nn.Module:
+    """Return a model whose first layer is sharded by itself and the last with the root."""
+    model = small_model()
+    fully_shard(model[0])
+    fully_shard(model)
+    return model
+
+
+def assert_same_life(life: Life, expected: Life) -> None:
+    for step, expected_step in zip(life["snapshots"], expected["snapshots"], strict=True):
+        assert same(step, expected_step)
+    for name in RULES:
+        assert same(life["averages"][name], expected["averages"][name])
+        assert same(life["inside"][name], expected["averages"][name])
+    assert same(life["losses"].values(), expected["losses"].values())
+    assert same(life["after"], expected["after"])
+    assert life["counters"] == expected["counters"]
+
+
+def test_data_parallel_averages_as_the_module_alone_does() -> None:
+    assert_same_life(with_data_parallel(), alone())
+
+
+@pytest.mark.parametrize("train_on", [with_ddp, with_fsdp, with_zero])
+def test_two_ranks_average_exactly_as_one_process(train_on: Callable[[], Life]) -> None:
+    expected = alone()
+    for life in in_processes(2, train_on):
+        assert_same_life(life, expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "train_on"), [(3, with_fsdp), (2, with_tensor_parallel)], ids=["fsdp", "tensor"]
+)
+def test_sharded_averages_are_the_recurrence_of_the_whole_weights(
+    ranks: int, train_on: Callable[[], Life]
+) -> None:
+    """Sums over these ranks round otherwise than one process does, so it is not compared."""
+    for life in in_processes(ranks, train_on):
+        for name, rule in RULES.items():
+            expected = recurrence(rule, life["snapshots"])
+            assert same(life["averages"][name], expected)
+            assert same(life["inside"][name], expected)
+        assert same([life["losses"]["before"]], [life["losses"]["after"]])
+        assert life["counters"]["n_averaged_swa"] == 5
+
+
+def recurrence(rule: Rule, snapshots: list[list[Tensor]]) -> list[Tensor]:
+    due = [weights for step, weights in enumerate(snapshots, 1) if rule.is_due(step)]
+    average = copy.deepcopy(due[0])
+    for n, weights in enumerate(due[1:], 1):
+        average = [a.lerp(w, rule.weight(n)) for a, w in zip(average, weights, strict=True)]
+    return average
+
+
+# Distributed checkpoints: saved by two ranks, loaded by one and by three.
+
+
+def averaging_plain_sgd(model: nn.Module) -> AveragingOptimizer:
+    return AveragingOptimizer(SGD(model.parameters(), lr=0.1), RULES)
+
+
+def averaging_momentum_sgd(model: nn.Module) -> AveragingOptimizer:
+    return AveragingOptimizer(SGD(model.parameters(), lr=0.1, momentum=0.9), RULES)
+
+
+def averaging_adam_with_frozen_weights(model: nn.Module) -> AveragingOptimizer:
+    next(model.parameters()).requires_grad_(False)
+    return averaging_adam(model)
+
+
+BUILDS = {
+    "adam": averaging_adam,
+    "sgd": averaging_plain_sgd,
+    "momentum": averaging_momentum_sgd,
+    "frozen": averaging_adam_with_frozen_weights,
+}
+OPTIONS = {
+    "nested": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
+}
+LOAD_OPTIONS = {
+    **OPTIONS,
+    "full": StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+}
+CASES = [(build, form) for build in BUILDS for form in OPTIONS]
+
+
+class Loaded(TypedDict):
+    """What a process found after loading, and how it went on."""
+
+    weights: list[Tensor]
+    averages: dict[str, list[Tensor]]
+    counters: dict[str, int]
+    life: Life
+
+
+def save_all(folder: Path) -> None:
+    for build, form in CASES:
+        model = sharded_model()
+        optimizer = BUILDS[build](model)
+        train(model, optimizer, 5)
+        weights, state = get_state_dict(model, optimizer, options=OPTIONS[form])
+        checkpoint = {"model": weights, "optimizer": state}
+        if form != "full":
+            save_distributed(checkpoint, checkpoint_id=folder / f"{build}_{form}")
+        elif dist.get_rank() == 0:
+            torch.save(checkpoint, folder / f"{build}_{form}")
+
+
+def load_all(folder: Path) -> dict[tuple[str, str], Loaded]:
+    return {(build, form): load(folder / f"{build}_{form}", build, form) for build, form in CASES}
+
+
+def load(path: Path, build: str, form: str) -> Loaded:
+    model = small_model() if dist.get_world_size() == 1 else sharded_model()
+    optimizer = BUILDS[build](model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    options = LOAD_OPTIONS[form]
+    checkpoint: dict[str, Any] = {"model": {}, "optimizer": {}}
+    if form != "full":
+        weights, state = get_state_dict(model, optimizer, options=options)
+        checkpoint = {"model": weights, "optimizer": state}
+        load_distributed(checkpoint, checkpoint_id=path)
+    elif dist.get_rank() == 0:
+        checkpoint = torch.load(path, weights_only=True)
+    set_model_state_dict(model, checkpoint["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
+    return Loaded(
+        weights=whole(weights_of(optimizer)),
+        averages=whole_averages(optimizer),
+        counters=counters_of(optimizer),
+        life=live(model, optimizer, 2, first=5),
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """Return the number of ranks that loaded → what each of them found."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    in_processes(2, save_all, folder)
+    return {ranks: in_processes(ranks, load_all, folder) for ranks in (1, 3)}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("build", "form"), CASES)
+def test_a_checkpoint_of_two_ranks_is_loaded_by_any_number(
+    loaded: dict[int, Any], ranks: int, build: str, form: str
+) -> None:
+    model = small_model()
+    optimizer = BUILDS[build](model)
+    train(model, optimizer, 5)
+    for found in loaded[ranks]:
+        assert same(found[build, form]["weights"], model.parameters())
+        assert found[build, form]["counters"] == counters_of(optimizer)
+        for name, averages in whole_averages(optimizer).items():
+            assert same(found[build, form]["averages"][name], averages)
+
+
+@pytest.mark.parametrize(("build", "form"), CASES)
+def test_one_process_goes_on_from_the_checkpoint_of_two_as_if_it_never_stopped(
+    loaded: dict[int, Any], build: str, form: str
+) -> None:
+    model = small_model()
+    optimizer = BUILDS[build](model)
+    train(model, optimizer, 5)
+    (found,) = loaded[1]
+    assert_same_life(found[build, form]["life"], live(model, optimizer, 2, first=5))
+
+
+def export_whole() -> dict[str, Any]:
+    model = sharded_model()
+    optimizer = averaging_adam(model)
+    train(model, optimizer, 3)
+    with optimizer.swap_to_averaged("ema"):
+        return get_model_state_dict(model, options=WHOLE)
+
+
+def test_the_whole_average_of_a_sharded_model_is_exported_inside_the_swap() -> None:
+    model = small_model()
+    optimizer = averaging_adam(model)
+    train(model, optimizer, 3)
+    expected = optimizer.averaged_state_dict(model, "ema")
+    for exported in in_processes(2, export_whole):
+        assert list(exported) == list(expected)
+        assert same(exported.values(), expected.values())
+
+
+class TestOneRank:
+    """What needs no second process."""
+
+    @pytest.fixture(autouse=True)
+    def process_group(self) -> Iterator[None]:
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+    def test_a_forward_inside_the_swap_uses_no_weights_gathered_outside(self) -> None:
+        """After a forward alone, FSDP keeps the weights of the root gathered."""
+        model = sharded_model()
+        optimizer = averaging_adam(model)
+        train(model, optimizer, 3)
+        outside = loss_of_batch(model, 0)
+        averaged = small_model()
+        with optimizer.swap_to_averaged("ema"):
+            inside = loss_of_batch(model, 0)
+            averaged.load_state_dict(get_model_state_dict(model, options=WHOLE))
+        assert same([inside], [loss_of_batch(averaged, 0)])
+        assert same([outside], [loss_of_batch(model, 0)])
+
+    @pytest.mark.parametrize("value", [torch.ones(4, 3), DTensor], ids=["plain", "replicated"])
+    def test_an_average_that_is_spread_otherwise_is_refused(self, value: Any) -> None:
+        model = sharded_model()
+        optimizer = averaging_adam(model)
+        train(model, optimizer, 1)
+        saved = optimizer.state_dict()
+        if value is DTensor:
+            value = saved["state"][0]["averaged_ema"].redistribute(placements=[Replicate()])
+        saved["state"][0]["averaged_ema"] = value
+        message = r"`state\[0\]\['averaged_ema'\]` must be spread over devices as its weight is"
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+
+    def test_averaged_buffers_are_not_in_a_distributed_checkpoint_and_start_afresh(self) -> None:
+        model = model_with_batch_norm()
+        optimizer = averaging_sgd(model, EMA(0.5), buffers=model.buffers())
+        train(model, optimizer, 3)
+        saved = get_optimizer_state_dict(model, optimizer)
+        with pytest.warns(UserWarning, match="no average for the buffers of 'ema'"):
+            set_optimizer_state_dict(model, optimizer, saved)
+        with optimizer.swap_to_averaged():
+            inside = values(model.buffers())
+        assert same(inside, model.buffers())
