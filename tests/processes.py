@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -20,9 +21,9 @@ def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[
     What goes in and out is pickled, as between real programs.
     """
     # One server imports torch, and every process is a fork of it: no start-up to wait for.
-    mp.get_context("forkserver").set_forkserver_preload(["processes", "test_parallel"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["processes", "test_parallel"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
+        start_processes(
             _run, (count, folder, work, arguments), nprocs=count, start_method="forkserver"
         )
         return [torch.load(_result(folder, i), weights_only=False) for i in range(count)]

@@ -1,0 +1,1 @@
+"""Evaluation under averaged weights inside trainers, each module needing its trainer's package."""

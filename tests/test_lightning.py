@@ -1,0 +1,455 @@
+"""Lightning drives, saves and resumes the wrapper, and EvaluateAveraged evaluates its averages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import StepLR
+from training import (
+    averages,
+    averaging_sgd,
+    everything,
+    loss_of_batch,
+    same,
+    small_model,
+    train,
+    values,
+)
+
+from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
+from averaging_optim.integrations.lightning import EvaluateAveraged
+
+# Resuming without the callback that wrote the checkpoint is meant: nothing of it is needed.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+
+BATCHES = 6
+TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
+
+
+class Numbers:
+    """Yields the numbers of an epoch's batches, and can go on within an epoch."""
+
+    def __init__(self) -> None:
+        self.following = 0
+
+    def __len__(self) -> int:
+        return BATCHES
+
+    def __iter__(self) -> Iterator[int]:
+        self.following %= BATCHES
+        while self.following < BATCHES:
+            self.following += 1
+            yield self.following - 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"following": self.following}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.following = state_dict["following"]
+
+
+class Module(LightningModule):
+    """Trains on numbered batches, and keeps the weights that each evaluation step sees."""
+
+    def __init__(
+        self,
+        rule: Rule | dict[str, Rule] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        crash_at: tuple[str, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = small_model()
+        self.rule = rule or EMA(0.9)
+        self.average_dtype = dtype
+        self.crash_at = crash_at
+        self.seen: list[list[Tensor]] = []
+
+    def configure_optimizers(self) -> Any:
+        optimizer = averaging_sgd(self.net, self.rule, dtype=self.average_dtype)
+        scheduler = {"scheduler": StepLR(optimizer, 1, 0.9), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def training_step(self, batch: int) -> Tensor:
+        number = self.current_epoch * BATCHES + batch
+        self.crash("train", number)
+        return loss_of_batch(self.net, number)
+
+    def validation_step(self, batch: int) -> None:
+        self.seen.append(values(self.parameters()))
+        self.crash("validate", len(self.seen))
+        self.log("loss", loss_of_batch(self.net, 1000), batch_size=1)
+
+    def test_step(self, batch: int) -> None:
+        self.seen.append(values(self.parameters()))
+
+    def predict_step(self, batch: int) -> Tensor:
+        self.seen.append(values(self.parameters()))
+        return loss_of_batch(self.net, 1000)
+
+    def crash(self, stage: str, number: int) -> None:
+        if self.crash_at == (stage, number):
+            raise ArithmeticError("crashed on purpose")
+
+
+class Adversaries(Module):
+    """Trains two networks with an optimizer each, stepping by hand."""
+
+    def __init__(self, *, crash_at: tuple[str, int] | None = None) -> None:
+        super().__init__(crash_at=crash_at)
+        self.automatic_optimization = False
+        self.other = small_model()
+
+    def configure_optimizers(self) -> Any:
+        return [averaging_sgd(self.net, EMA(0.9)), averaging_sgd(self.other, EMA(0.5))]
+
+    def training_step(self, batch: int) -> Tensor:
+        loss = super().training_step(batch)
+        losses = [loss, loss_of_batch(self.other, batch)]
+        optimizers: Any = self.optimizers()
+        for optimizer, each in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(each)
+            optimizer.step()
+        return loss
+
+
+def trainer_with(*callbacks: Callback, **arguments: Any) -> Trainer:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(each, Checkpoint) for each in callbacks),
+        "num_sanity_val_steps": 0,
+        "max_epochs": 2,
+    }
+    return Trainer(callbacks=list(callbacks), **{**quiet, **arguments})
+
+
+def fit(trainer: Trainer, module: LightningModule, **arguments: Any) -> None:
+    trainer.fit(module, Numbers(), range(2), **arguments)
+
+
+def averaging_optimizers(trainer: Trainer) -> list[AveragingOptimizer]:
+    return [each for each in trainer.optimizers if isinstance(each, AveragingOptimizer)]
+
+
+def all_averages(trainer: Trainer, name: str = "ema") -> list[Tensor]:
+    return [each for one in averaging_optimizers(trainer) for each in averages(one, name)]
+
+
+def all_there_is(module: nn.Module, trainer: Trainer) -> list[Tensor]:
+    """Return the weights and what the optimizers hold: averages, momenta, counters."""
+    return [each for one in averaging_optimizers(trainer) for each in everything(module, one)]
+
+
+def averages_in(path: str | Path, name: str = "ema") -> list[Tensor]:
+    states = torch.load(path, weights_only=True)["optimizer_states"]
+    return [each[f"averaged_{name}"] for state in states for each in state["state"].values()]
+
+
+def weights_in(path: str | Path) -> list[Tensor]:
+    weights: dict[str, Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return list(weights.values())
+
+
+def each_step(directory: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(directory, "{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+def each_epoch(directory: Path, *, save_weights_only: bool = False) -> ModelCheckpoint:
+    return ModelCheckpoint(directory, "{epoch}", save_top_k=-1, save_weights_only=save_weights_only)
+
+
+def uninterrupted(module: Module, **arguments: Any) -> list[Tensor]:
+    trainer = trainer_with(**arguments)
+    fit(trainer, module)
+    return all_there_is(module, trainer)
+
+
+# The state after the step, which Lightning warns of, is the one to resume from.
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("build", [Module, Adversaries])
+def test_resuming_after_a_crash_in_the_middle_of_an_epoch_equals_never_crashing(
+    build: Callable[..., Module], precision: str, tmp_path: Path
+) -> None:
+    crashing = trainer_with(each_step(tmp_path), EvaluateAveraged(), precision=precision)
+    with pytest.raises(ArithmeticError, match="crashed on purpose"):
+        fit(crashing, build(crash_at=("train", BATCHES + 3)))
+    latest = max(tmp_path.iterdir(), key=lambda path: int(path.stem.removeprefix("step=")))
+
+    module, trainer = build(), trainer_with(EvaluateAveraged(), precision=precision)
+    fit(trainer, module, ckpt_path=latest)
+    expected = uninterrupted(build(), precision=precision)
+    assert same(all_there_is(module, trainer), expected)
+
+
+def test_averages_of_16_bit_weights_are_in_float32() -> None:
+    trainer = trainer_with(precision="bf16-true")
+    fit(trainer, Module())
+    assert {average.dtype for average in all_averages(trainer)} == {torch.float32}
+
+
+def test_the_trainer_trains_and_averages_as_a_plain_loop_does() -> None:
+    trainer, module = trainer_with(), Module()
+    fit(trainer, module)
+    net = small_model()
+    optimizer = averaging_sgd(net, EMA(0.9))
+    scheduler = StepLR(optimizer, 1, 0.9)
+    for step in range(2 * BATCHES):
+        train(net, optimizer, 1, first=step)
+        scheduler.step()
+    assert same(all_there_is(module.net, trainer), everything(net, optimizer))
+
+
+def test_only_real_steps_count_when_gradients_are_accumulated() -> None:
+    class Snapshots(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            snapshots.append(values(pl_module.parameters()))
+
+    snapshots: list[list[Tensor]] = []
+    trainer = trainer_with(Snapshots(), accumulate_grad_batches=BATCHES // 2, max_epochs=1)
+    fit(trainer, Module())
+    group = trainer.optimizers[0].param_groups[0]
+    assert (group["averaging_steps"], group["n_averaged_ema"]) == (2, 2)
+    first, second = snapshots[BATCHES // 2 - 1], snapshots[-1]
+    expected = [a.lerp(b, 1 - 0.9) for a, b in zip(first, second, strict=True)]
+    assert same(all_averages(trainer), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["exchanged", "replaced"])
+def test_validation_in_fit_sees_the_average_and_training_is_as_without(
+    dtype: torch.dtype | None,
+) -> None:
+    trainer, module = trainer_with(EvaluateAveraged()), Module(dtype=dtype)
+    fit(trainer, module)
+    assert len(module.seen) == 4
+    assert same(module.seen[-1], [average.float() for average in all_averages(trainer)])
+    assert not same(module.seen[-1], module.parameters())
+    assert same(all_there_is(module, trainer), uninterrupted(Module(dtype=dtype)))
+
+
+def test_validation_within_an_epoch_sees_the_average_of_that_step(tmp_path: Path) -> None:
+    checkpoints = each_step(tmp_path)
+    trainer, module = trainer_with(EvaluateAveraged(), checkpoints, val_check_interval=2), Module()
+    fit(trainer, module)
+    assert same(module.seen[0], averages_in(tmp_path / "step=2.ckpt"))
+    assert same(all_there_is(module, trainer), uninterrupted(Module()))
+
+
+@pytest.mark.parametrize("evaluation", ["validate", "test", "predict"])
+@pytest.mark.parametrize("build", [Module, Adversaries])
+def test_an_evaluation_after_fit_sees_all_averages_and_restores(
+    build: Callable[..., Module], evaluation: str
+) -> None:
+    trainer, module = trainer_with(EvaluateAveraged()), build()
+    fit(trainer, module)
+    before = all_there_is(module, trainer)
+    getattr(trainer, evaluation)(module, range(1))
+    assert same(module.seen[-1], all_averages(trainer))
+    assert same(all_there_is(module, trainer), before)
+
+
+def test_the_name_chooses_the_average() -> None:
+    trainer, module = trainer_with(EvaluateAveraged("swa")), Module(TWO_RULES)
+    fit(trainer, module)
+    assert same(module.seen[-1], all_averages(trainer, "swa"))
+    assert not same(module.seen[-1], all_averages(trainer, "ema"))
+
+
+@pytest.mark.parametrize("name", [None, "typo"])
+def test_a_name_that_is_not_one_average_is_refused_before_training(name: str | None) -> None:
+    trainer = trainer_with(EvaluateAveraged(name))
+    with pytest.raises(ValueError, match=rf"`name` must be one of 'ema', 'swa', got {name!r}\."):
+        fit(trainer, Module(TWO_RULES))
+    assert trainer.global_step == 0
+
+
+def test_optimizers_that_lightning_has_wrapped_are_found() -> None:
+    class Wrapping(Module):
+        def configure_optimizers(self) -> Any:
+            return LightningOptimizer(averaging_sgd(self.net, EMA(0.9)))
+
+    trainer, module = trainer_with(EvaluateAveraged()), Wrapping()
+    fit(trainer, module)
+    wrapped: Any = trainer.optimizers[0]
+    assert type(wrapped).__name__ == "LightningAveragingOptimizer"
+    assert same(module.seen[-1], averages(wrapped.optimizer, "ema"))
+
+
+def test_optimizers_that_do_not_average_may_stand_beside_those_that_do() -> None:
+    class OneOfTwo(Adversaries):
+        def configure_optimizers(self) -> Any:
+            averaging, plain = super().configure_optimizers()
+            return [averaging, plain.optimizer]
+
+    trainer, module = trainer_with(EvaluateAveraged()), OneOfTwo()
+    fit(trainer, module)
+    assert same(module.seen[-1], [*all_averages(trainer), *module.other.parameters()])
+
+
+def test_the_sanity_check_sees_the_weights() -> None:
+    class Continued(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = averaging_sgd(self.net, EMA(0.9))
+            zeros = {key: torch.zeros_like(each) for key, each in self.net.state_dict().items()}
+            optimizer.load_averaged_state_dict(self.net, zeros)
+            return optimizer
+
+    trainer, module = trainer_with(EvaluateAveraged(), num_sanity_val_steps=1), Continued()
+    fit(trainer, module)
+    assert same(module.seen[0], small_model().parameters())
+    assert same(module.seen[-1], all_averages(trainer))
+
+
+def test_checkpoints_made_at_the_end_of_validation_hold_weights_and_averages(
+    tmp_path: Path,
+) -> None:
+    checkpoints = ModelCheckpoint(
+        tmp_path, "{step}", monitor="loss", save_top_k=-1, save_on_train_epoch_end=False
+    )
+    trainer, module = trainer_with(checkpoints, EvaluateAveraged()), Module()
+    fit(trainer, module)
+    assert same(weights_in(tmp_path / "step=12.ckpt"), module.parameters())
+    assert same(averages_in(tmp_path / "step=12.ckpt"), all_averages(trainer))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["exchanged", "replaced"])
+@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_validation_end"])
+def test_a_checkpoint_made_during_an_evaluation_holds_weights_and_averages(
+    hook: str, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    def save(trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(tmp_path / "during.ckpt")
+
+    early = Callback()
+    setattr(early, hook, save)
+    trainer, module = trainer_with(early, EvaluateAveraged()), Module(dtype=dtype)
+    fit(trainer, module)
+    assert same(weights_in(tmp_path / "during.ckpt"), module.parameters())
+    assert same(averages_in(tmp_path / "during.ckpt"), all_averages(trainer))
+    assert same(module.seen[-1], [average.float() for average in all_averages(trainer)])
+
+
+# With an OnExceptionCheckpoint, Lightning looks for one to resume from; there is none yet.
+@pytest.mark.filterwarnings("ignore:.*was called without a model. The last model")
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["exchanged", "replaced"])
+def test_validation_that_raises_leaves_the_training_weights(
+    dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    module = Module(dtype=dtype, crash_at=("validate", 4))
+    trainer = trainer_with(OnExceptionCheckpoint(tmp_path), EvaluateAveraged())
+    with pytest.raises(ArithmeticError, match="crashed on purpose"):
+        fit(trainer, module)
+    expected = uninterrupted(Module(dtype=dtype))
+    assert same(all_there_is(module, trainer), expected)
+    assert same(weights_in(tmp_path / "on_exception.ckpt"), module.parameters())
+    averaging_optimizers(trainer)[0].update_averages()
+
+
+def test_a_second_optimizer_that_cannot_be_swapped_leaves_the_first_as_it_was() -> None:
+    class Mismatched(Adversaries):
+        def configure_optimizers(self) -> Any:
+            return [averaging_sgd(self.net, TWO_RULES), averaging_sgd(self.other, EMA(0.9))]
+
+    callback = EvaluateAveraged("ema")
+    trainer, module = trainer_with(callback), Mismatched()
+    fit(trainer, module)
+    before = all_there_is(module, trainer)
+    callback.name = "swa"
+    with pytest.raises(ValueError, match=r"`name` must be one of 'ema', got 'swa'\."):
+        trainer.validate(module, range(1))
+    assert same(all_there_is(module, trainer), before)
+
+
+def test_a_checkpoint_is_evaluated_with_the_averages_it_holds(tmp_path: Path) -> None:
+    trainer, module = trainer_with(EvaluateAveraged(), each_epoch(tmp_path)), Module()
+    fit(trainer, module)
+    early, late = tmp_path / "epoch=0.ckpt", tmp_path / "epoch=1.ckpt"
+    trainer.test(module, range(1), ckpt_path=early)
+    assert same(module.seen[-1], averages_in(early))
+    assert same(module.parameters(), weights_in(early))
+    trainer.test(module, range(1), ckpt_path=late)
+    assert same(module.seen[-1], averages_in(late))
+
+
+@pytest.mark.parametrize("build", [Module, Adversaries])
+def test_a_new_trainer_evaluates_the_averages_of_a_checkpoint(
+    build: Callable[..., Module], tmp_path: Path
+) -> None:
+    fit(trainer_with(each_epoch(tmp_path)), build())
+    trainer, module = trainer_with(EvaluateAveraged()), build()
+    trainer.validate(module, range(1), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert same(module.seen[-1], averages_in(tmp_path / "epoch=0.ckpt"))
+    assert same(module.parameters(), weights_in(tmp_path / "epoch=0.ckpt"))
+    averaging_optimizers(trainer)[0].update_averages()
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+def test_a_checkpoint_of_weights_alone_is_refused(trained: bool, tmp_path: Path) -> None:
+    checkpoints = each_epoch(tmp_path, save_weights_only=True)
+    trainer, module = trainer_with(EvaluateAveraged(), checkpoints), Module()
+    fit(trainer, module)
+    before = values(module.parameters())
+    trainer = trainer if trained else trainer_with(EvaluateAveraged())
+    path = tmp_path / "epoch=1.ckpt"
+    with pytest.raises(ValueError, match=r"`ckpt_path` must hold optimizer states .* got '.*ckpt'"):
+        trainer.validate(module, range(1), ckpt_path=str(path))
+    assert same(module.parameters(), before)
+
+
+def test_a_checkpoint_left_over_from_a_failed_run_is_not_taken_for_the_next(
+    tmp_path: Path,
+) -> None:
+    class Failing(Module):
+        def on_validation_model_eval(self) -> None:
+            raise ArithmeticError("crashed on purpose")
+
+    fit(trainer_with(each_epoch(tmp_path)), Module())
+    weights_only = tmp_path / "weights.ckpt"
+    whole = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    torch.save({key: whole[key] for key in whole if key in WITH_WEIGHTS}, weights_only)
+    trainer = trainer_with(EvaluateAveraged())
+    with pytest.raises(ArithmeticError, match="crashed on purpose"):
+        trainer.validate(Failing(), range(1), ckpt_path=tmp_path / "epoch=0.ckpt")
+    with pytest.raises(ValueError, match="`ckpt_path` must hold optimizer states"):
+        trainer.validate(Module(), range(1), ckpt_path=weights_only)
+
+
+WITH_WEIGHTS = {"epoch", "global_step", "pytorch-lightning_version", "state_dict", "loops"}
+
+NOTHING_FOUND = r"^EvaluateAveraged found no AveragingOptimizer of this model"
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+def test_a_model_without_averages_is_evaluated_as_it_is_with_a_warning(trained: bool) -> None:
+    trainer, module = trainer_with(EvaluateAveraged()), Module()
+    if trained:
+        fit(trainer, Module())
+    with pytest.warns(UserWarning, match=NOTHING_FOUND):
+        trainer.validate(module, range(1))
+    assert same(module.seen[-1], small_model().parameters())
+
+
+def test_training_without_an_averaging_optimizer_warns() -> None:
+    class Plain(Module):
+        def configure_optimizers(self) -> Optimizer:
+            optimizer: Optimizer = super().configure_optimizers()["optimizer"].optimizer
+            return optimizer
+
+    trainer, module = trainer_with(EvaluateAveraged()), Plain()
+    with pytest.warns(UserWarning, match=NOTHING_FOUND):
+        fit(trainer, module)
+    assert same(module.seen[-1], module.parameters())
