@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
-from training import averages, same, values
+from training import averages, recurrence, same, values
 
 from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
 
@@ -210,16 +210,11 @@ def test_weights_and_losses_are_those_of_the_bare_optimizer(case: Case, with_clo
 
 @taken
 def test_averages_are_the_recurrence_over_the_weights(case: Case) -> None:
-    """`Tensor.lerp` is the arithmetic of the average too, so that the bits are the same."""
     weights = weights_for(case)
     optimizer = wrapped(case, weights)
-    history = train(case, weights, optimizer, 6)
+    snapshots = [step[:-1] for step in train(case, weights, optimizer, 6)]
     for name, rule in RULES.items():
-        due = [tensors[:-1] for step, tensors in enumerate(history, 1) if rule.is_due(step)]
-        expected = due[0]
-        for n, present in enumerate(due[1:], 1):
-            expected = [a.lerp(w, rule.weight(n)) for a, w in zip(expected, present, strict=True)]
-        assert same(averages(optimizer, name), expected)
+        assert same(averages(optimizer, name), recurrence(rule, snapshots))
 
 
 @taken

@@ -5,7 +5,6 @@ All ranks see the same batches, so that the mean gradient of two is that of one 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict
@@ -41,6 +40,7 @@ from training import (
     averaging_sgd,
     loss_of_batch,
     model_with_batch_norm,
+    recurrence,
     same,
     small_model,
     train,
@@ -192,14 +192,6 @@ def test_sharded_averages_are_the_recurrence_of_the_whole_weights(
             assert same(life["inside"][name], expected)
         assert same([life["losses"]["before"]], [life["losses"]["after"]])
         assert life["counters"]["n_averaged_swa"] == 5
-
-
-def recurrence(rule: Rule, snapshots: list[list[Tensor]]) -> list[Tensor]:
-    due = [weights for step, weights in enumerate(snapshots, 1) if rule.is_due(step)]
-    average = copy.deepcopy(due[0])
-    for n, weights in enumerate(due[1:], 1):
-        average = [a.lerp(w, rule.weight(n)) for a, w in zip(average, weights, strict=True)]
-    return average
 
 
 # Distributed checkpoints: saved by two ranks, loaded by one and by three.

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch import nn
+from torch.optim import SGD, Adam, Optimizer
 from training import (
     averages,
     averaging_sgd,
@@ -26,56 +25,6 @@ from training import (
 )
 
 from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
-
-OPTIMIZERS: list[tuple[type[Optimizer], dict[str, Any]]] = [
-    (SGD, {"lr": 0.1}),
-    (SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}),
-    (Adam, {"lr": 0.01, "foreach": True}),
-    (AdamW, {"lr": torch.tensor(0.01), "amsgrad": True}),
-    (Adam, {"lr": 0.01, "fused": True}),
-]
-
-
-@pytest.mark.parametrize(("inner", "options"), OPTIMIZERS)
-def test_the_weights_train_exactly_as_without_the_wrapper(
-    inner: type[Optimizer], options: dict[str, Any]
-) -> None:
-    bare_model, model = small_model(), small_model()
-    bare: Any = inner(bare_model.parameters(), **options)
-    optimizer = AveragingOptimizer(inner(model.parameters(), **options), EMA())
-    for bare_step, step in zip(train(bare_model, bare, 5), train(model, optimizer, 5), strict=True):
-        assert same(bare_step, step)
-
-
-def test_a_closure_is_handed_on_and_its_loss_returned() -> None:
-    losses = []
-    for wrap in (lambda lbfgs: lbfgs, lambda lbfgs: AveragingOptimizer(lbfgs, SWA())):
-        model = small_model()
-        optimizer = wrap(LBFGS(model.parameters(), max_iter=3))
-
-        def closure(model: nn.Module = model, optimizer: Any = optimizer) -> float:
-            optimizer.zero_grad()
-            loss = loss_of_batch(model, 0)
-            loss.backward()
-            return loss.item()
-
-        losses.append([optimizer.step(closure) for _ in range(3)])
-    assert losses[0] == losses[1]
-
-
-def test_a_scheduler_drives_the_wrapped_optimizer() -> None:
-    bare = SGD(small_model().parameters(), lr=0.1, momentum=0.9)
-    bare_scheduler = OneCycleLR(bare, max_lr=1.0, total_steps=10)
-    model = small_model()
-    optimizer = averaging_sgd(model, EMA())
-    scheduler = OneCycleLR(optimizer, max_lr=1.0, total_steps=10)
-    for _ in range(9):
-        bare.step()
-        optimizer.step()
-        bare_scheduler.step()
-        scheduler.step()
-        assert optimizer.optimizer.param_groups[0]["lr"] == bare.param_groups[0]["lr"]
-        assert scheduler.get_last_lr() == bare_scheduler.get_last_lr()
 
 
 def test_zero_grad_reaches_the_weights() -> None:
@@ -350,51 +299,6 @@ class TestState:
     ) -> None:
         with pytest.raises(ValueError, match=r"`state\[\.\.\.\]\['averaged_ema'\]` " + message):
             optimizer.state[first_layer(model).weight]["averaged_ema"] = value
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_the_grad_scaler_skips_neither_moves_nor_counts(fused: bool) -> None:
-    bare_model, model = small_model(), small_model()
-    bare = Adam(bare_model.parameters(), lr=0.01, fused=fused)
-    optimizer = AveragingOptimizer(Adam(model.parameters(), lr=0.01, fused=fused), SWA())
-    for trained, driven in ((bare_model, bare), (model, optimizer)):
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-        for step in range(6):
-            driven.zero_grad()
-            loss = scaler.scale(loss_of_batch(trained, step))
-            loss.backward()
-            if step in (0, 3):
-                gradients_of(trained)[0].fill_(torch.inf)
-            scaler.step(driven)
-            scaler.update()
-    assert same(model.parameters(), bare_model.parameters())
-    assert optimizer.param_groups[0]["averaging_steps"] == 4
-    assert optimizer.param_groups[0]["n_averaged_swa"] == 4
-    assert all(average.isfinite().all() for average in averages(optimizer, "swa"))
-    assert not hasattr(optimizer, "found_inf")
-
-
-def test_a_compiled_step_equals_the_eager_one_and_is_compiled_once() -> None:
-    torch._dynamo.reset()
-    graphs = []
-
-    def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    models = small_model(), small_model()
-    eager, compiled = (averaging_sgd(model, T_ADEMA(0.9, 10)) for model in models)
-    step = torch.compile(compiled.step, backend=count)
-    for number in range(30):
-        for model, take in zip(models, (eager.step, step), strict=True):
-            model.zero_grad()
-            loss_of_batch(model, number).backward()
-            take()
-        if number == 4:
-            warm = len(graphs)
-    assert same(models[0].parameters(), models[1].parameters())
-    assert same(averages(eager, "t_adema"), averages(compiled, "t_adema"))
-    assert 1 <= len(graphs) == warm <= 4
 
 
 def test_averaging_leaves_the_gradients_alone() -> None:

@@ -68,6 +68,18 @@ def values(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
+def recurrence(rule: Rule, snapshots: list[list[Tensor]]) -> list[Tensor]:
+    """Return the average of the weights after each step.
+
+    `Tensor.lerp` is the arithmetic of the averages too, so that bits can be compared.
+    """
+    due = [weights for step, weights in enumerate(snapshots, 1) if rule.is_due(step)]
+    average = due[0]
+    for n, weights in enumerate(due[1:], 1):
+        average = [a.lerp(w, rule.weight(n)) for a, w in zip(average, weights, strict=True)]
+    return average
+
+
 def averages(optimizer: AveragingOptimizer, name: str) -> list[Tensor]:
     """Return the averages of all parameters, in the order of the state dict."""
     state = optimizer.state_dict()["state"]
