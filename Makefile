@@ -10,7 +10,8 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy averaging_optim tests examples
-	$(BIN)/pytest --cov
+	$(BIN)/pytest --cov --ignore tests/test_optim_db.py
+	$(BIN)/pytest tests/test_optim_db.py # thousands of cases, which cover nothing that others do not
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -23,6 +23,10 @@ from averaging_optim._tensors import (
 class Average:
     """Weight or buffer → its average.
 
+    is_swapped: whether this is the average of a swap, also of one that has no effect.
+        Kept here and not by the optimizer, of which Lightning makes a second object with
+        the same attributes (lightning/pytorch/core/optimizer.py).
+
     Args:
         dtype: of the averages; None takes that of each tensor, at least float32.
         device: of the averages; None takes that of each tensor.
@@ -30,6 +34,7 @@ class Average:
 
     def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
         self.tensors: dict[Tensor, Tensor] = {}
+        self.is_swapped = False
         self._dtype = dtype
         self._device = device
         self._exchanged: frozenset[Tensor] = frozenset()

@@ -36,6 +36,5 @@ def _reshard() -> None:
     from torch.distributed.fsdp import FSDPModule
 
     # A sharded weight does not know its module; this is torch's own list of those there are.
-    for module in list(_module_state_mapping):
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in [each for each in _module_state_mapping if isinstance(each, FSDPModule)]:
+        module.reshard()

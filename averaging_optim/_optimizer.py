@@ -90,11 +90,10 @@ class AveragingOptimizer(Optimizer):
         ...     prediction = model(torch.ones(1))
     """
 
-    optimizer: Optimizer
     rules: Mapping[str, Rule]
+    _wrapped: Optimizer
     _buffers: tuple[Tensor, ...]
     _averages: dict[str, Average]
-    _swapped_to: str | None
 
     def __init__(
         self,
@@ -111,16 +110,20 @@ class AveragingOptimizer(Optimizer):
         rules = checked_rules(rule)
         dtype, home = checked_dtype(dtype), checked_device(device)
         parts = {
-            "optimizer": optimizer,
             "rules": rules,
+            "_wrapped": optimizer,
             "_buffers": checked_buffers(buffers, optimizer),
             "_averages": {name: Average(dtype, home) for name in rules},
-            "_swapped_to": None,
         }
         # `Optimizer.__init__` would make parameter groups; this makes hooks and nothing else.
         self.__setstate__(parts)
         for key in self._counters():
             self._set_count(key, 0)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that is wrapped."""
+        return self._wrapped
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -139,13 +142,13 @@ class AveragingOptimizer(Optimizer):
         """
         self._refuse_inside_swap("step")
         shares = self._shares_due()
-        loss = self.optimizer.step(closure) if closure else self.optimizer.step()
+        loss = self._wrapped.step(closure) if closure else self._wrapped.step()
         self._average_after_step(shares)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""
-        self.optimizer.zero_grad(set_to_none)
+        self._wrapped.zero_grad(set_to_none)
 
     @contextmanager
     def swap_to_averaged(self, name: str | None = None) -> Iterator[None]:
@@ -181,16 +184,17 @@ class AveragingOptimizer(Optimizer):
             4.0
         """
         name = self._one_name(name)
-        if name == self._swapped_to:
+        average = self._averages[name]
+        if average.is_swapped:
             yield
             return
         self._refuse_inside_swap(f"swap_to_averaged({name!r})")
-        self._swapped_to = name
+        average.is_swapped = True
         try:
             with self._averaged(name):
                 yield
         finally:
-            self._swapped_to = None
+            average.is_swapped = False
 
     @_uncompiled
     def update_averages(self, name: str | None = None) -> None:
@@ -335,7 +339,7 @@ class AveragingOptimizer(Optimizer):
         """
         self._refuse_inside_swap("add_param_group")
         check_group(param_group)
-        self.optimizer.add_param_group(param_group)
+        self._wrapped.add_param_group(param_group)
         for key in self._counters():
             self._set_count(key, self._count(key))
         if any(average.tensors for average in self._averages.values()):
@@ -353,7 +357,7 @@ class AveragingOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = write_checkpoint(
-            self.optimizer.state_dict(), self.param_groups, self._buffers, self._averages
+            self._wrapped.state_dict(), self.param_groups, self._buffers, self._averages
         )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
@@ -382,7 +386,7 @@ class AveragingOptimizer(Optimizer):
             name: self._averages[name].homes(averages)
             for name, averages in checkpoint.averages.items()
         }
-        self.optimizer.load_state_dict(checkpoint.wrapped)
+        self._wrapped.load_state_dict(checkpoint.wrapped)
         for name, averages in checkpoint.averages.items():
             self._averages[name].load(homes[name], averages)
         for key, count in checkpoint.counters.items():
@@ -397,13 +401,13 @@ class AveragingOptimizer(Optimizer):
             post_hook(self)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} (\nrules: {self.rules}\n{self.optimizer!r}\n)"
+        return f"{type(self).__name__} (\nrules: {self.rules}\n{self._wrapped!r}\n)"
 
     def __getattr__(self, name: str) -> Any:
         # Copying and unpickling ask for attributes before there are any.
-        if name.startswith("__") or "optimizer" not in self.__dict__:
+        if name.startswith("__") or "_wrapped" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return self._state_view() if name == "state" else getattr(self.optimizer, name)
+        return self._state_view() if name == "state" else getattr(self._wrapped, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state":
@@ -411,13 +415,13 @@ class AveragingOptimizer(Optimizer):
             self.state.clear()
             self.state.update(entries)
         elif name in _FORWARDED:
-            setattr(self.optimizer, name, value)
+            setattr(self._wrapped, name, value)
         else:
             super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         if name in _FORWARDED:
-            delattr(self.optimizer, name)
+            delattr(self._wrapped, name)
         else:
             super().__delattr__(name)
 
@@ -462,7 +466,7 @@ class AveragingOptimizer(Optimizer):
             self._update(shares)
 
     def _was_skipped(self) -> bool:
-        found_inf = getattr(self.optimizer, "found_inf", None)
+        found_inf = getattr(self._wrapped, "found_inf", None)
         return found_inf is not None and bool(found_inf)
 
     def _is_rehearsal(self) -> bool:
@@ -494,7 +498,7 @@ class AveragingOptimizer(Optimizer):
 
     def _state_view(self) -> StateView:
         return StateView(
-            wrapped=self.optimizer.state,
+            wrapped=self._wrapped.state,
             averages={AVERAGE + name: each.tensors for name, each in self._averages.items()},
             hidden=frozenset(self._buffers),
             read=self._read_entry,
@@ -531,8 +535,9 @@ class AveragingOptimizer(Optimizer):
             )
 
     def _refuse_inside_swap(self, call: str) -> None:
-        if self._swapped_to is not None:
-            raise RuntimeError(
-                f"`{call}` is not allowed inside `swap_to_averaged({self._swapped_to!r})`. "
-                "Leave its block first."
-            )
+        for name, average in self._averages.items():
+            if average.is_swapped:
+                raise RuntimeError(
+                    f"`{call}` is not allowed inside `swap_to_averaged({name!r})`. "
+                    "Leave its block first."
+                )

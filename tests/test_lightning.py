@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -276,16 +277,52 @@ def test_a_name_that_is_not_one_average_is_refused_before_training(name: str | N
     assert trainer.global_step == 0
 
 
-def test_optimizers_that_lightning_has_wrapped_are_found() -> None:
+def test_optimizers_that_lightning_has_wrapped_are_swapped_themselves() -> None:
     class Wrapping(Module):
         def configure_optimizers(self) -> Any:
-            return LightningOptimizer(averaging_sgd(self.net, EMA(0.9)))
+            self.averaging = averaging_sgd(self.net, EMA(0.9))
+            return LightningOptimizer(self.averaging)
+
+        def validation_step(self, batch: int) -> None:
+            super().validation_step(batch)
+            with pytest.raises(RuntimeError, match="not allowed inside `swap_to_averaged"):
+                self.averaging.update_averages()
 
     trainer, module = trainer_with(EvaluateAveraged()), Wrapping()
     fit(trainer, module)
-    wrapped: Any = trainer.optimizers[0]
-    assert type(wrapped).__name__ == "LightningAveragingOptimizer"
-    assert same(module.seen[-1], averages(wrapped.optimizer, "ema"))
+    assert same(module.seen[-1], averages(module.averaging, "ema"))
+
+
+class TestLightningOptimizer:
+    """What `self.optimizers()` returns: a second object with the attributes of the first."""
+
+    @pytest.fixture
+    def optimizer(self) -> AveragingOptimizer:
+        weight = nn.Parameter(torch.tensor([2.0]))
+        optimizer = AveragingOptimizer(torch.optim.SGD([weight], lr=1.0), EMA(0.5))
+        optimizer.update_averages()
+        with torch.no_grad():
+            weight.fill_(4)
+        return optimizer
+
+    def test_shares_its_swap_with_the_optimizer(self, optimizer: AveragingOptimizer) -> None:
+        (weight,) = optimizer.param_groups[0]["params"]
+        lightning: Any = LightningOptimizer(optimizer)
+        with lightning.swap_to_averaged():
+            with pytest.raises(RuntimeError, match="not allowed inside `swap_to_averaged"):
+                optimizer.update_averages()
+            with optimizer.swap_to_averaged():
+                assert weight.item() == 2
+            assert weight.item() == 2
+        assert weight.item() == 4
+
+    def test_saves_and_loads_as_the_optimizer_does(self, optimizer: AveragingOptimizer) -> None:
+        lightning: Any = LightningOptimizer(optimizer)
+        saved = copy.deepcopy(lightning.state_dict())
+        optimizer.update_averages()
+        lightning.load_state_dict(saved)
+        assert same(averages(optimizer, "ema"), [torch.tensor([2.0])])
+        assert optimizer.param_groups[0]["n_averaged_ema"] == 1
 
 
 def test_optimizers_that_do_not_average_may_stand_beside_those_that_do() -> None:
@@ -377,12 +414,14 @@ def test_a_second_optimizer_that_cannot_be_swapped_leaves_the_first_as_it_was() 
 def test_a_checkpoint_is_evaluated_with_the_averages_it_holds(tmp_path: Path) -> None:
     trainer, module = trainer_with(EvaluateAveraged(), each_epoch(tmp_path)), Module()
     fit(trainer, module)
+    optimizer = trainer.optimizers[0]
     early, late = tmp_path / "epoch=0.ckpt", tmp_path / "epoch=1.ckpt"
     trainer.test(module, range(1), ckpt_path=early)
     assert same(module.seen[-1], averages_in(early))
     assert same(module.parameters(), weights_in(early))
     trainer.test(module, range(1), ckpt_path=late)
     assert same(module.seen[-1], averages_in(late))
+    assert trainer.optimizers[0] is optimizer
 
 
 @pytest.mark.parametrize("build", [Module, Adversaries])
