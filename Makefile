@@ -1,7 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyproject.toml)
 
-.PHONY: demo test clean
+.PHONY: demo test test-oldest test-newest clean
 
 demo: .venv/ready
 	$(BIN)/python examples/digits.py --picture examples/digits.png
@@ -13,10 +14,27 @@ test: .venv/ready
 	$(BIN)/pytest --cov --ignore tests/test_optim_db.py
 	$(BIN)/pytest tests/test_optim_db.py # thousands of cases, which cover nothing that others do not
 
+# The oldest torch that is declared and the newest there is, with whatever versions pip takes.
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/pytest
+
+test-newest: .venv-newest/ready
+	.venv-newest/bin/pytest
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
 	touch $@
 
+.venv-oldest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --editable '.[demo,test]' torch==$(OLDEST)
+	touch $@
+
+.venv-newest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[demo,test]'
+	touch $@
+
 clean:
-	rm -rf .venv .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv* .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

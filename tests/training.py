@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from averaging_optim import AveragingOptimizer, Rule
+from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -69,15 +70,26 @@ def values(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def recurrence(rule: Rule, snapshots: list[list[Tensor]]) -> list[Tensor]:
-    """Return the average of the weights after each step.
+    """Return the average of the weights after each step, by formulas of its own.
 
     `Tensor.lerp` is the arithmetic of the averages too, so that bits can be compared.
     """
-    due = [weights for step, weights in enumerate(snapshots, 1) if rule.is_due(step)]
+    assert rule.every is not None
+    due = snapshots[rule.start + rule.every - 1 :: rule.every]
     average = due[0]
     for n, weights in enumerate(due[1:], 1):
-        average = [a.lerp(w, rule.weight(n)) for a, w in zip(average, weights, strict=True)]
+        average = [a.lerp(w, share(rule, n)) for a, w in zip(average, weights, strict=True)]
     return average
+
+
+def share(rule: Rule, n: int) -> float:
+    """Return the share of the present weights after n ≥ 1 updates."""
+    if isinstance(rule, EMA):
+        return 1 - rule.decay
+    if isinstance(rule, T_ADEMA):
+        return 1 - rule.alpha * math.tanh(n / rule.timescale)
+    assert isinstance(rule, SWA)
+    return 1 / (n + 1)
 
 
 def averages(optimizer: AveragingOptimizer, name: str) -> list[Tensor]:
