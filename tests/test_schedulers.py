@@ -15,6 +15,9 @@ from training import loss_of_batch, same, small_model, values
 
 from averaging_optim import EMA, AveragingOptimizer
 
+# The SequentialLR of older torch (2.7) steps its parts in a way that torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+
 STEPS = 12
 
 
