@@ -26,6 +26,9 @@ RULES: dict[str, Rule] = {
     "swa": SWA(start=1, every=2),
     "t_adema": T_ADEMA(0.9, 5),
 }
+# torch 2.15 says that it checks the sparse momenta of SGD when it loads them.
+pytestmark = pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
+
 # Adagrad makes sparse tensors; torch warns unless it was told what it then does by default.
 torch.sparse.check_sparse_tensor_invariants.disable()
 
