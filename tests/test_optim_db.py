@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
-from training import averages, recurrence, same, values
+from training import as_it_is, averages, recurrence, same, through_pickle, values
 
 from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
 
@@ -70,10 +69,6 @@ def cases_of(info: OptimizerInfo, suffix: str, **kind: bool) -> Iterator[Case]:
 
 def averaging(optimizer: Optimizer) -> AveragingOptimizer:
     return AveragingOptimizer(optimizer, RULES)
-
-
-def as_it_is(optimizer: Optimizer) -> Optimizer:
-    return optimizer
 
 
 def weights_for(case: Case) -> list[nn.Parameter]:
@@ -178,10 +173,6 @@ def saved_and_loaded(thing: Any) -> Any:
     file = io.BytesIO()
     torch.save(thing, file)
     return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-
-
-def through_pickle(thing: Any) -> Any:
-    return pickle.loads(pickle.dumps(thing))
 
 
 def assert_same_training(case: Case, *runs: tuple[list[nn.Parameter], Optimizer]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.optim import SGD, Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import SWALR
-from training import loss_of_batch, same, small_model, values
+from training import as_it_is, loss_of_batch, same, small_model, values
 
 from averaging_optim import EMA, AveragingOptimizer
 
@@ -77,10 +77,6 @@ class Training:
 
 def averaging(optimizer: Optimizer) -> AveragingOptimizer:
     return AveragingOptimizer(optimizer, EMA(0.9))
-
-
-def as_it_is(optimizer: Optimizer) -> Optimizer:
-    return optimizer
 
 
 def assert_same_step(step: tuple[Any, ...], expected: tuple[Any, ...]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 from collections import defaultdict
 from typing import Any
 
@@ -20,6 +19,7 @@ from training import (
     loss_of_batch,
     same,
     small_model,
+    through_pickle,
     train,
     values,
 )
@@ -122,10 +122,6 @@ def test_a_rule_alone_is_named_after_its_class_in_lower_case(rule: Rule, name: s
     optimizer = averaging_sgd(small_model(), rule)
     assert optimizer.rules == {name: rule}
     assert f"n_averaged_{name}" in optimizer.param_groups[0]
-
-
-def through_pickle(thing: Any) -> Any:
-    return pickle.loads(pickle.dumps(thing))
 
 
 def through_torch_save(thing: Any) -> Any:

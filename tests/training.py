@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +92,14 @@ def share(rule: Rule, n: int) -> float:
         return 1 - rule.alpha * math.tanh(n / rule.timescale)
     assert isinstance(rule, SWA)
     return 1 / (n + 1)
+
+
+def as_it_is(optimizer: Optimizer) -> Optimizer:
+    return optimizer
+
+
+def through_pickle(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))
 
 
 def averages(optimizer: AveragingOptimizer, name: str) -> list[Tensor]:
