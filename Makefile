@@ -2,7 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyproject.toml)
 
-.PHONY: demo test test-oldest test-newest clean
+# Thousands of cases and a million updates, which tracing slows and which cover nothing more.
+UNTRACED := tests/test_optim_db.py tests/test_life.py tests/test_long_life.py
+
+.PHONY: demo test soak test-oldest test-newest clean
 
 demo: .venv/ready
 	$(BIN)/python examples/digits.py --picture examples/digits.png
@@ -11,8 +14,12 @@ test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy averaging_optim tests examples
-	$(BIN)/pytest --cov --ignore tests/test_optim_db.py
-	$(BIN)/pytest tests/test_optim_db.py # thousands of cases, which cover nothing that others do not
+	$(BIN)/pytest --cov $(UNTRACED:%=--ignore %)
+	$(BIN)/pytest $(UNTRACED)
+
+# Random lives by the thousand: half an hour and more.
+soak: .venv/ready
+	$(BIN)/pytest --hypothesis-profile soak tests/test_life.py
 
 # The oldest torch that is declared and the newest there is, with whatever versions pip takes.
 test-oldest: .venv-oldest/ready

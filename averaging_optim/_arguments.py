@@ -23,9 +23,13 @@ def check_group(group: object) -> None:
     """Raise unless this is a dict that says True, False or nothing about averaging."""
     if not isinstance(group, dict):
         raise TypeError(f"`param_group` must be a dict, got {group!r}.")
-    average = group.get("average", True)
-    if not isinstance(average, bool):
-        raise TypeError(f"`average` must be True or False, got {average!r}.")
+    check_bool("average", group.get("average", True))
+
+
+def check_bool(argument: str, value: object) -> None:
+    """Raise unless the value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be True or False, got {value!r}.")
 
 
 def checked_rules(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:

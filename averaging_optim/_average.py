@@ -13,10 +13,12 @@ from averaging_optim._tensors import (
     are_alike,
     copy_into,
     exchanged,
+    followed,
     independent,
     move_toward,
     new_average,
     replaced,
+    stay_finite,
 )
 
 
@@ -37,7 +39,7 @@ class Average:
         self.is_swapped = False
         self._dtype = dtype
         self._device = device
-        self._exchanged: frozenset[Tensor] = frozenset()
+        self._held: dict[Tensor, Tensor] = {}
 
     def make(self, sources: Iterable[Tensor]) -> None:
         """Start an average at the present values of each source that has none."""
@@ -49,6 +51,10 @@ class Average:
         """Move the averages of the sources toward their present values."""
         move_toward([self.tensors[source] for source in sources], sources, share)
 
+    def stays_finite(self, sources: Sequence[Tensor]) -> bool:
+        """Return whether an update toward the sources' present values keeps averages finite."""
+        return stay_finite([self.tensors[source] for source in sources], sources)
+
     @contextmanager
     def swapped(self, weights: Iterable[Tensor], buffers: Iterable[Tensor]) -> Iterator[None]:
         """Let weights and buffers hold their averages until the block is left."""
@@ -57,20 +63,23 @@ class Average:
         # Averages of buffers stay: update_bn in the block must not reach them.
         others = [weight for weight in weights if not are_alike(weight, self.tensors[weight])]
         others += [buffer for buffer in buffers if buffer in self.tensors]
+        # The memory that holds the averages meanwhile: `Module.to` would give a weight another.
+        held = {weight: weight.detach() for weight in alike}
         with (
             replaced(others, [self.tensors[other] for other in others]),
-            exchanged(alike, [self.tensors[weight] for weight in alike]),
+            followed(alike, list(held.values())),
+            exchanged(list(held.values()), [self.tensors[weight] for weight in alike]),
             made_anew(weights),
         ):
-            self._exchanged = frozenset(alike)
+            self._held = held
             try:
                 yield
             finally:
-                self._exchanged = frozenset()
+                self._held = {}
 
     def read(self, source: Tensor) -> Tensor:
-        """Return the average of a weight or buffer, a copy if the weight now holds it."""
-        return independent(source) if source in self._exchanged else self.tensors[source]
+        """Return the average of a weight or buffer, a copy if the weight's memory now holds it."""
+        return independent(self._held[source]) if source in self._held else self.tensors[source]
 
     def homes(self, sources: Iterable[Tensor]) -> dict[Tensor, Tensor]:
         """Return the tensors to load averages into: the present ones where they can serve."""
@@ -86,3 +95,20 @@ class Average:
         if average is not None and average.device == (self._device or source.device):
             return average
         return new_average(source, self._dtype, self._device)
+
+
+def copied_from_elsewhere(
+    values: Mapping[str, Mapping[Tensor, Tensor]],
+    homes: Mapping[str, Mapping[Tensor, Tensor]],
+    averages: Iterable[Average],
+) -> dict[str, dict[Tensor, Tensor]]:
+    """Return the values for these homes; those that are kept in other homes now, as copies."""
+    kept = {id(each) for average in averages for each in average.tensors.values()}
+
+    def apart(value: Tensor, home: Tensor) -> Tensor:
+        return independent(value) if id(value) in kept and value is not home else value
+
+    return {
+        name: {source: apart(value, homes[name][source]) for source, value in each.items()}
+        for name, each in values.items()
+    }

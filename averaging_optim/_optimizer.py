@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, overload
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from averaging_optim._arguments import (
+    check_bool,
     check_group,
     check_optimizer,
     checked_buffers,
@@ -20,16 +21,19 @@ from averaging_optim._arguments import (
     checked_dtype,
     checked_rules,
 )
-from averaging_optim._average import Average
+from averaging_optim._average import Average, copied_from_elsewhere
 from averaging_optim._checkpoint import (
     AVERAGE,
     COUNT,
+    SKIPPED,
     STEPS,
     check_average,
+    load_or_keep,
     read_checkpoint,
     read_exported,
     write_checkpoint,
 )
+from averaging_optim._interrupts import in_one_piece
 from averaging_optim._rules import Rule, check_integer, check_real
 from averaging_optim._state import StateView
 from averaging_optim._tensors import independent, is_known_zero
@@ -60,6 +64,11 @@ class AveragingOptimizer(Optimizer):
     torch.distributed.checkpoint takes one to initialise the state. Nor does a step
     that GradScaler skips; with `fused=True` finding that out waits for the device.
 
+    An average stands still where share · (weights − average) is below half an ulp of it.
+    In float32 it is off by at most 6e-8 / (1 − decay) of the largest weight for EMA, and
+    3e-8 · n for SWA after n updates; weights that only drift reach half of that. In
+    float64 (`dtype`) these bounds are 5e8 times lower.
+
     Args:
         optimizer: any torch optimizer; it is used, not copied.
         rule: what to average, or a mapping name → rule to keep several averages. A
@@ -71,6 +80,11 @@ class AveragingOptimizer(Optimizer):
             but float32 for 16 bits or fewer, in which an average stands still.
             Complex tensors use the complex dtype of that precision.
         device: where averages are kept. By default beside each tensor.
+        skip_nonfinite: leave out an update that could bring a NaN or an infinity into an
+            average: when a weight or buffer is not finite, or above a quarter of the
+            largest number of the average's dtype. No average of the model is updated
+            then, and `param_groups[j]["n_skipped"]` counts it. Costs one more reading
+            of the weights, and waits for the device, at each update.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -94,6 +108,7 @@ class AveragingOptimizer(Optimizer):
     _wrapped: Optimizer
     _buffers: tuple[Tensor, ...]
     _averages: dict[str, Average]
+    _skip_nonfinite: bool
 
     def __init__(
         self,
@@ -103,17 +118,20 @@ class AveragingOptimizer(Optimizer):
         buffers: Iterable[Tensor] = (),
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         if isinstance(optimizer, AveragingOptimizer):
             raise TypeError("`optimizer` must not be an AveragingOptimizer. Pass it all rules.")
         check_optimizer(optimizer)
         rules = checked_rules(rule)
         dtype, home = checked_dtype(dtype), checked_device(device)
+        check_bool("skip_nonfinite", skip_nonfinite)
         parts = {
             "rules": rules,
             "_wrapped": optimizer,
             "_buffers": checked_buffers(buffers, optimizer),
             "_averages": {name: Average(dtype, home) for name in rules},
+            "_skip_nonfinite": skip_nonfinite,
         }
         # `Optimizer.__init__` would make parameter groups; this makes hooks and nothing else.
         self.__setstate__(parts)
@@ -191,7 +209,7 @@ class AveragingOptimizer(Optimizer):
         self._refuse_inside_swap(f"swap_to_averaged({name!r})")
         average.is_swapped = True
         try:
-            with self._averaged(name):
+            with in_one_piece(self._averaged(name)):
                 yield
         finally:
             average.is_swapped = False
@@ -386,9 +404,10 @@ class AveragingOptimizer(Optimizer):
             name: self._averages[name].homes(averages)
             for name, averages in checkpoint.averages.items()
         }
-        self._wrapped.load_state_dict(checkpoint.wrapped)
-        for name, averages in checkpoint.averages.items():
-            self._averages[name].load(homes[name], averages)
+        averages = copied_from_elsewhere(checkpoint.averages, homes, self._averages.values())
+        load_or_keep(self._wrapped, checkpoint.wrapped)
+        for name, values in averages.items():
+            self._averages[name].load(homes[name], values)
         for key, count in checkpoint.counters.items():
             self._set_count(key, count)
         if checkpoint.missing:
@@ -411,7 +430,10 @@ class AveragingOptimizer(Optimizer):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "state":
-            entries = {parameter: dict(entry) for parameter, entry in value.items()}
+            entries = {
+                key: dict(entry) if isinstance(key, Tensor) else entry
+                for key, entry in value.items()
+            }
             self.state.clear()
             self.state.update(entries)
         elif name in _FORWARDED:
@@ -431,7 +453,7 @@ class AveragingOptimizer(Optimizer):
         return {name: self.__dict__[name] for name in AveragingOptimizer.__annotations__}
 
     def _counters(self) -> list[str]:
-        return [STEPS, *(COUNT + name for name in self.rules)]
+        return [STEPS, SKIPPED, *(COUNT + name for name in self.rules)]
 
     def _count(self, key: str) -> int:
         count: int = self.param_groups[0][key]
@@ -440,6 +462,9 @@ class AveragingOptimizer(Optimizer):
     def _set_count(self, key: str, count: int) -> None:
         for group in self.param_groups:
             group[key] = count
+
+    def _add_one(self, key: str) -> None:
+        self._set_count(key, self._count(key) + 1)
 
     @_uncompiled
     def _shares_due(self) -> dict[str, float]:
@@ -462,7 +487,7 @@ class AveragingOptimizer(Optimizer):
         # After any step, so that a new optimizer has the entries that distributed loading fills.
         self._make_averages()
         if not self._is_rehearsal():
-            self._set_count(STEPS, self._count(STEPS) + 1)
+            self._add_one(STEPS)
             self._update(shares)
 
     def _was_skipped(self) -> bool:
@@ -476,9 +501,17 @@ class AveragingOptimizer(Optimizer):
         )
 
     def _update(self, shares: Mapping[str, float]) -> None:
+        tensors = self._averaged_tensors()
+        if shares and self._skip_nonfinite and not self._stay_finite(tensors):
+            self._add_one(SKIPPED)
+            return
         for name, share in shares.items():
-            self._averages[name].update(self._averaged_tensors(), share)
-            self._set_count(COUNT + name, self._count(COUNT + name) + 1)
+            self._averages[name].update(tensors, share)
+            self._add_one(COUNT + name)
+
+    def _stay_finite(self, tensors: Sequence[Tensor]) -> bool:
+        # All averages are of the same dtypes, so that the first speaks for the others.
+        return next(iter(self._averages.values())).stays_finite(tensors)
 
     def _make_averages(self) -> None:
         for average in self._averages.values():

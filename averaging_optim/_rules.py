@@ -166,11 +166,13 @@ class T_ADEMA(Rule):
 
 
 def check_integer(argument: str, value: object, at_least: int) -> None:
-    """Raise unless the value is an integer (no bool) that is large enough."""
+    """Raise unless the value is an integer (no bool) that is large enough, and fits 64 bits."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"`{argument}` must be an integer, got {value!r}.")
     if value < at_least:
         raise ValueError(f"`{argument}` must be at least {at_least}, got {value}.")
+    if int(value) >= 2**63:
+        raise ValueError(f"`{argument}` must be less than 2**63, got {value}.")
 
 
 def check_real(argument: str, value: object, interval: str) -> None:

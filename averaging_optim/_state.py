@@ -13,6 +13,8 @@ from torch import Tensor
 class StateView(MutableMapping[Tensor, MutableMapping[str, Any]]):
     """Parameter → its entries. Reading and writing reach the place where a value is kept.
 
+    Keys that are no parameter belong to the wrapped optimizer, as do their values.
+
     Args:
         wrapped: the state of the wrapped optimizer.
         averages: key in an entry → parameter → average.
@@ -28,9 +30,14 @@ class StateView(MutableMapping[Tensor, MutableMapping[str, Any]]):
     write: Callable[[str, Tensor, Tensor | None], None]
 
     def __getitem__(self, parameter: Tensor) -> MutableMapping[str, Any]:
+        if not isinstance(parameter, Tensor):
+            return self.wrapped[parameter]
         return _EntryView(self, parameter)
 
     def __setitem__(self, parameter: Tensor, entry: Mapping[str, Any]) -> None:
+        if not isinstance(parameter, Tensor):
+            self.wrapped[parameter] = entry
+            return
         others = dict(entry)  # a copy first: the entry may be a view of this parameter
         averages = {key: others.pop(key, None) for key in self.averages}
         for key, average in averages.items():
@@ -56,7 +63,7 @@ class StateView(MutableMapping[Tensor, MutableMapping[str, Any]]):
         return sum(1 for _ in self)
 
     def __repr__(self) -> str:
-        return repr({parameter: dict(entry) for parameter, entry in self.items()})
+        return repr(dict(self))
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 SCRATCH_BYTES = 4 * 2**20
 
@@ -21,7 +24,7 @@ def kind_of(tensor: Tensor) -> str:
     return "floating-point" if tensor.is_floating_point() else "integer"
 
 
-def layout_of(tensor: Tensor) -> object:
+def layout_of(tensor: Tensor) -> Any:
     """Return how a DTensor is spread over its devices, None for a tensor of one device."""
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         return tensor.device_mesh, tensor.placements
@@ -60,6 +63,24 @@ def move_toward(averages: Sequence[Tensor], weights: Sequence[Tensor], share: fl
                 average.lerp_(weight.to(average), share)
 
 
+def stay_finite(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
+    """Return whether averages that move toward these weights are sure to stay finite.
+
+    So they are if no weight is above a quarter of the largest number of its average's
+    dtype: no difference overflows then. Reads the weights once, and waits for the device.
+    """
+    kinds: dict[tuple[torch.dtype, Any], list[Tensor]] = defaultdict(list)
+    for average, weight in zip(averages, weights, strict=True):
+        if kind_of(average) != "integer":
+            kinds[average.dtype, layout_of(weight)].append(_local(weight))
+    # All verdicts before the answer, as other ranks wait in each.
+    verdicts = [
+        _all_ranks_say(_largest(tensors) <= torch.finfo(dtype).max / 4, layout)
+        for (dtype, layout), tensors in kinds.items()
+    ]
+    return all(verdicts)
+
+
 @torch.no_grad()
 def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source's values into its target, converting where they differ."""
@@ -81,6 +102,17 @@ def exchanged(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[N
         yield
     finally:
         _exchange(blocks)
+
+
+@contextmanager
+def followed(tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Iterator[None]:
+    """On leaving, copy what the memory of tensors holds to those that have got another."""
+    try:
+        yield
+    finally:
+        pairs = zip(tensors, memory, strict=True)
+        moved = [(tensor, was) for tensor, was in pairs if not _share_memory(tensor, was)]
+        copy_into([tensor for tensor, _ in moved], [was for _, was in moved])
 
 
 @contextmanager
@@ -137,13 +169,36 @@ def _local(tensor: Tensor) -> Tensor:
     return local
 
 
+def _largest(tensors: Iterable[Tensor]) -> float:
+    """Return the largest magnitude there is, NaN if there is a NaN, 0 if there is nothing."""
+    # An empty tensor has no largest number, for which torch raises.
+    return get_total_norm([each for each in tensors if each.numel()], math.inf).item()
+
+
+def _all_ranks_say(verdict: bool, layout: Any) -> bool:
+    """Return whether the ranks that share tensors of this layout all come to this verdict."""
+    if layout is None:
+        return verdict
+    # Imported here, as it takes half a second. A verdict and not the largest number is reduced,
+    # for a maximum over ranks may pass over NaN.
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh, _ = layout
+    votes = DTensor.from_local(torch.tensor(verdict).int(), mesh, [Partial("min")] * mesh.ndim)
+    return bool(votes.full_tensor())
+
+
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    return _local(first).data_ptr() == _local(second).data_ptr()
+
+
 def _blocks(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[_Block]:
     for group, partners in _by_kind(firsts, seconds):
         limit = SCRATCH_BYTES // group[0].element_size()
         largest = max(tensor.numel() for tensor in group)
         scratch = group[0].new_empty(min(limit, largest))
         for first, second in zip(group, partners, strict=True):
-            yield from _cut(first.detach(), second, scratch)
+            yield from _cut(first, second, scratch)
 
 
 def _cut(first: Tensor, second: Tensor, scratch: Tensor) -> Iterator[_Block]:

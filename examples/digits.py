@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import os
 import statistics
 import tempfile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import matplotlib.pyplot as plt
 import torch
@@ -130,11 +131,21 @@ def accuracy(model: nn.Module, test: TensorDataset) -> float:
     return 100 * hits.float().mean().item()
 
 
+def save_safely(checkpoint: dict[str, Any], path: Path) -> None:
+    """Save so that `path` never holds a part of a checkpoint, even if the process is killed."""
+    temporary = f"{path}.tmp"  # in the same folder: replacing is atomic in one file system only
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure may leave the new name with no content
+    os.replace(temporary, path)
+
+
 def check_resume(model: nn.Module, optimizer: AveragingOptimizer, steps: int) -> None:
     """Save, load into a new model and optimizer, and raise unless all averages are identical."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pt"
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+        save_safely({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
         checkpoint = torch.load(path, weights_only=True)
     resumed_model = small_resnet()
     resumed = with_averages(resumed_model, steps)

@@ -14,14 +14,27 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
+# One server imports torch, and every process is a fork of it: no start-up to wait for. It does
+# not find the modules of the tests, and passes over what it does not find without a word.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "averaging_optim",
+        "pytest",
+        "torch.distributed.checkpoint.state_dict_loader",
+        "torch.distributed.checkpoint.state_dict_saver",
+        "torch.distributed.fsdp",
+        "torch.distributed.optim",
+        "torch.distributed.tensor.parallel",
+    ]
+)
+
 
 def in_processes(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return what `work(*arguments)` returns in each rank of a gloo group.
 
     What goes in and out is pickled, as between real programs.
     """
-    # One server imports torch, and every process is a fork of it: no start-up to wait for.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["processes", "test_parallel"])
     with tempfile.TemporaryDirectory() as folder:
         start_processes(
             _run, (count, folder, work, arguments), nprocs=count, start_method="forkserver"

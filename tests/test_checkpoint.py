@@ -21,6 +21,7 @@ from training import (
     averaging_sgd,
     everything,
     first_layer,
+    frozen,
     model_with_batch_norm,
     same,
     small_model,
@@ -466,6 +467,35 @@ def test_averages_are_saved_under_names_of_any_kind(tmp_path: Path) -> None:
     for name in rules:
         assert same(averages(other, name), averages(optimizer, name)), name
     assert re.search("平均", repr(optimizer))
+
+
+def test_an_interrupt_while_the_wrapped_optimizer_loads_changes_nothing() -> None:
+    model, optimizer = plain()
+    train(model, optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 1)
+    before = frozen(optimizer.state_dict())
+
+    def interrupt(_: Optimizer) -> None:
+        raise KeyboardInterrupt
+
+    optimizer.optimizer.register_load_state_dict_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.load_state_dict(saved)
+    assert frozen(optimizer.state_dict()) == before
+
+
+def test_averages_that_change_places_in_their_own_state_dict_do_so_when_it_is_loaded() -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, {"a": EMA(0.9), "b": SWA()})
+    train(model, optimizer, 3)
+    a, b = averages(optimizer, "a"), averages(optimizer, "b")
+    saved = optimizer.state_dict()
+    for entry in saved["state"].values():
+        entry["averaged_a"], entry["averaged_b"] = entry["averaged_b"], entry["averaged_a"]
+    optimizer.load_state_dict(saved)
+    assert same(averages(optimizer, "a"), b)
+    assert same(averages(optimizer, "b"), a)
 
 
 def test_many_groups_are_matched_in_their_order() -> None:

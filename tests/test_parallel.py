@@ -5,7 +5,7 @@ All ranks see the same batches, so that the mean gradient of two is that of one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from processes import in_processes
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -341,14 +340,9 @@ def test_the_whole_average_of_a_sharded_model_is_exported_inside_the_swap() -> N
         assert same(exported.values(), expected.values())
 
 
+@pytest.mark.usefixtures("process_group")
 class TestOneRank:
     """What needs no second process."""
-
-    @pytest.fixture(autouse=True)
-    def process_group(self) -> Iterator[None]:
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-        yield
-        dist.destroy_process_group()
 
     @trains_with_fsdp
     def test_a_forward_inside_the_swap_uses_no_weights_gathered_outside(self) -> None:

@@ -253,6 +253,19 @@ class TestState:
             [first_layer(model).weight],
         )
 
+    def test_shows_entries_of_the_wrapped_optimizer_that_are_of_no_parameter(
+        self, optimizer: AveragingOptimizer
+    ) -> None:
+        state: Any = optimizer.state
+        state["steps"] = 3
+        wrapped: Any = optimizer.optimizer.state
+        assert wrapped["steps"] == state["steps"] == 3
+        assert "'steps': 3" in repr(state)
+        optimizer.state = state
+        assert state["steps"] == 3
+        del state["steps"]
+        assert "steps" not in state
+
     def test_can_be_reset_as_with_any_optimizer(
         self, model: nn.Sequential, optimizer: AveragingOptimizer
     ) -> None:

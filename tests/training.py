@@ -7,11 +7,20 @@ import pickle
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
+
+# Of weights and averages: alike, they change places in a swap; else weights are backed up.
+DTYPES = [
+    pytest.param(torch.float32, None, id="exchanged"),
+    pytest.param(torch.bfloat16, None, id="backed_up"),
+    pytest.param(torch.float32, torch.float64, id="backed_up_double"),
+    pytest.param(torch.bfloat16, torch.bfloat16, id="exchanged_low"),
+]
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -129,3 +138,14 @@ def same(first: Iterable[Tensor], second: Iterable[Tensor]) -> bool:
 
 def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def frozen(nested: Any) -> Any:
+    """Return what compares equal for nested dicts and lists of equal bits, types and order."""
+    if isinstance(nested, Tensor):
+        return str(nested.dtype), tuple(nested.shape), bits(nested).numpy().tobytes()
+    if isinstance(nested, dict):
+        return dict, tuple((frozen(key), frozen(value)) for key, value in nested.items())
+    if isinstance(nested, list | tuple):
+        return type(nested), tuple(map(frozen, nested))
+    return type(nested), nested

@@ -1,0 +1,26 @@
+"""How many examples Hypothesis tries, and what tests of several files are given."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+from hypothesis import settings
+from torch._C._distributed_c10d import HashStore
+
+# Loads a profile of its own when it is imported, as by the tests of torch's optimizers.
+importlib.import_module("torch.testing._internal.common_utils")
+# The same examples at each run, or very many new ones.
+settings.register_profile("default", max_examples=200, derandomize=True, deadline=None)
+settings.register_profile("soak", max_examples=20_000, derandomize=False, deadline=None)
+settings.load_profile("default")
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Let this process be a group of one, where what shards weights can be run and traced."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -1,0 +1,274 @@
+"""Whatever fails, interrupts or moves the weights during a swap: nothing is lost or mixed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import (
+    DTYPES,
+    averages,
+    averaging_sgd,
+    everything,
+    frozen,
+    model_with_batch_norm,
+    same,
+    small_model,
+    train,
+    values,
+)
+
+from averaging_optim import EMA, AveragingOptimizer, _tensors
+
+Run = tuple[nn.Sequential, AveragingOptimizer]
+
+
+@pytest.fixture(autouse=True)
+def weights_are_exchanged_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tensors, "SCRATCH_BYTES", 16)
+
+
+class At(TorchDispatchMode):
+    """Do something before or after one of the calls that copy, allocate or compute."""
+
+    def __init__(self, number: int, act: Callable[[], object], written: bool = False) -> None:
+        TorchDispatchMode.__init__(self)
+        self.calls = itertools.count(1)
+        self.number, self.act, self.written = number, act, written
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.is_view or next(self.calls) != self.number:
+            return func(*args, **(kwargs or {}))
+        if not self.written:
+            self.act()
+        result = func(*args, **(kwargs or {}))
+        if self.written:
+            self.act()
+        return result
+
+
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("injected")
+
+
+def trained(weights: torch.dtype, dtype: torch.dtype | None) -> Run:
+    model = model_with_batch_norm().to(weights)
+    optimizer = averaging_sgd(model, EMA(0.5), dtype=dtype, buffers=model.buffers())
+    train(model, optimizer, 3)
+    return model, optimizer
+
+
+def held(model: nn.Module) -> list[Tensor]:
+    return values([*model.parameters(), *model.buffers()])
+
+
+def held_inside(model: nn.Module, optimizer: AveragingOptimizer) -> list[Tensor]:
+    with optimizer.swap_to_averaged():
+        return held(model)
+
+
+def enter(model: nn.Sequential, optimizer: AveragingOptimizer, fault: At) -> None:
+    with contextlib.ExitStack() as swap, fault:
+        swap.enter_context(optimizer.swap_to_averaged())
+
+
+def evaluate(model: nn.Sequential, optimizer: AveragingOptimizer, fault: At) -> None:
+    weight = next(model.parameters())
+    with optimizer.swap_to_averaged(), fault:
+        update_bn([torch.randn(4, 3, dtype=weight.dtype)], model)
+        optimizer.state_dict()
+
+
+def leave(model: nn.Sequential, optimizer: AveragingOptimizer, fault: At) -> None:
+    swap = contextlib.ExitStack()
+    swap.enter_context(optimizer.swap_to_averaged())
+    with fault:
+        swap.close()
+
+
+def leave_by_exception(model: nn.Sequential, optimizer: AveragingOptimizer, fault: At) -> None:
+    swap = contextlib.ExitStack()
+    swap.enter_context(optimizer.swap_to_averaged())
+    with contextlib.suppress(ZeroDivisionError), fault, swap:
+        raise ZeroDivisionError
+
+
+Part = Callable[[nn.Sequential, AveragingOptimizer, At], None]
+
+
+def assert_restored_after_each(
+    part: Part, run: Run, act: Callable[[], object], written: bool, error: type[BaseException]
+) -> None:
+    """Let every call of this part of a swap fail once, and look at everything after each."""
+    model, optimizer = run
+    before, inside = everything(model, optimizer), held_inside(model, optimizer)
+    failures = 0
+    for number in itertools.count(1):
+        try:
+            part(model, optimizer, At(number, act, written))
+        except error:
+            failures += 1
+        else:
+            break
+        assert same(everything(model, optimizer), before)
+        assert same(held_inside(model, optimizer), inside)
+    assert failures >= 2
+    assert same(everything(model, optimizer), before)
+
+
+written = pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+dtypes = pytest.mark.parametrize(("weights", "dtype"), DTYPES)
+
+
+@written
+@dtypes
+@pytest.mark.parametrize("part", [enter, evaluate])
+def test_a_failure_at_any_point_restores_everything_and_the_next_swap_works(
+    part: Part, weights: torch.dtype, dtype: torch.dtype | None, written: bool
+) -> None:
+    run = trained(weights, dtype)
+    error = torch.OutOfMemoryError
+    assert_restored_after_each(part, run, run_out_of_memory, written, error)
+
+
+@written
+@dtypes
+@pytest.mark.parametrize("part", [enter, evaluate, leave, leave_by_exception])
+def test_ctrl_c_at_any_point_is_raised_when_everything_is_restored(
+    part: Part, weights: torch.dtype, dtype: torch.dtype | None, written: bool
+) -> None:
+    run = trained(weights, dtype)
+    assert_restored_after_each(
+        part, run, lambda: signal.raise_signal(signal.SIGINT), written, KeyboardInterrupt
+    )
+
+
+@dtypes
+def test_leaving_allocates_nothing_so_that_it_cannot_run_out_of_memory(
+    weights: torch.dtype, dtype: torch.dtype | None
+) -> None:
+    _, optimizer = trained(weights, dtype)
+    swap = contextlib.ExitStack()
+    swap.enter_context(optimizer.swap_to_averaged())
+    with torch.profiler.profile(profile_memory=True) as profile:
+        swap.close()
+    assert [event.name for event in profile.events() if event.self_cpu_memory_usage > 0] == []
+    assert any("copy_" in event.name for event in profile.events())
+
+
+@pytest.fixture
+def handle_usr1() -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Let a signal call a function, as those do that tell a job to save and to end."""
+    previous = signal.getsignal(signal.SIGUSR1)
+
+    def install(act: Callable[[], object]) -> None:
+        def handle(number: int, frame: FrameType | None) -> None:
+            act()
+
+        signal.signal(signal.SIGUSR1, handle)
+
+    yield install
+    signal.signal(signal.SIGUSR1, previous)
+
+
+@dtypes
+@pytest.mark.parametrize("part", [enter, leave])
+def test_a_signal_handler_that_saves_never_sees_half_a_swap(
+    part: Part,
+    weights: torch.dtype,
+    dtype: torch.dtype | None,
+    handle_usr1: Callable[[Callable[[], object]], None],
+) -> None:
+    model, optimizer = trained(weights, dtype)
+    before, inside = frozen(held(model)), frozen(held_inside(model, optimizer))
+    state_dict, seen = frozen(optimizer.state_dict()), []
+    handle_usr1(lambda: seen.append((frozen(held(model)), frozen(optimizer.state_dict()))))
+    for number in (1, 2):
+        part(model, optimizer, At(number, lambda: signal.raise_signal(signal.SIGUSR1)))
+    assert len(seen) == 2
+    for model_held, saved in seen:
+        assert model_held in (before, inside)
+        assert saved == state_dict
+
+
+def test_a_swap_in_another_thread_leaves_signals_to_the_main_one() -> None:
+    model, optimizer = trained(torch.float32, None)
+    inside: list[list[Tensor]] = []
+    before = everything(model, optimizer)
+    thread = threading.Thread(target=lambda: inside.append(held_inside(model, optimizer)))
+    thread.start()
+    thread.join()
+    assert same(inside[0], held_inside(model, optimizer))
+    assert same(everything(model, optimizer), before)
+
+
+def cast_down(model: nn.Module) -> None:
+    model.half()
+
+
+def give_other_memory(model: nn.Module) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+
+
+@dtypes
+@pytest.mark.parametrize("move", [cast_down, give_other_memory])
+def test_weights_that_get_other_memory_inside_are_the_training_weights_there_outside(
+    move: Callable[[nn.Module], None], weights: torch.dtype, dtype: torch.dtype | None
+) -> None:
+    model = small_model(weights)
+    optimizer = averaging_sgd(model, EMA(0.5), dtype=dtype)
+    train(model, optimizer, 3)
+    state_dict = frozen(optimizer.state_dict())
+    expected = copy.deepcopy(model)
+    move(expected)
+    with optimizer.swap_to_averaged():
+        move(model)
+        assert frozen(optimizer.state_dict()) == state_dict
+    assert same(model.parameters(), expected.parameters())
+    assert frozen(optimizer.state_dict()) == state_dict
+
+
+def test_a_copy_that_fails_half_way_restores_what_was_swapped() -> None:
+    """An average on the meta device has no values, so that copying it fails by nature."""
+    model = small_model()
+    optimizer = averaging_sgd(model, EMA(0.5), device="meta")
+    train(model, optimizer, 2)
+    before = values(model.parameters())
+    with pytest.raises(NotImplementedError), optimizer.swap_to_averaged():
+        raise AssertionError("not reached")
+    assert same(model.parameters(), before)
+    train(model, optimizer, 1, first=2)
+
+
+def read_only(tensor: Tensor) -> None:
+    """Let every copy into the tensor raise, by expanding one element over all of it."""
+    with torch.no_grad():
+        tensor.data = tensor.data.reshape(-1)[:1].expand(tensor.numel()).view(tensor.shape)
+
+
+@pytest.mark.parametrize("broken", ["weight", "average"])
+def test_an_exchange_that_fails_half_way_restores_what_was_swapped(broken: str) -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, EMA(0.5))
+    train(model, optimizer, 3)
+    last = list(model.parameters())[-1]
+    read_only(last if broken == "weight" else optimizer.state[last]["averaged_ema"])
+    before = everything(model, optimizer)
+    with pytest.raises(RuntimeError, match="more than one element"), optimizer.swap_to_averaged():
+        raise AssertionError("not reached")
+    assert same(everything(model, optimizer), before)
+    assert len(averages(optimizer, "ema")) == 4
