@@ -5,7 +5,7 @@ OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyprojec
 # Thousands of cases and a million updates, which tracing slows and which cover nothing more.
 UNTRACED := tests/test_optim_db.py tests/test_life.py tests/test_long_life.py
 
-.PHONY: demo test soak test-oldest test-newest clean
+.PHONY: bench demo test soak test-oldest test-newest clean
 
 demo: .venv/ready
 	$(BIN)/python examples/digits.py --picture examples/digits.png
@@ -13,9 +13,14 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy averaging_optim tests examples
+	$(BIN)/mypy averaging_optim tests examples benchmarks
 	$(BIN)/pytest --cov $(UNTRACED:%=--ignore %)
 	$(BIN)/pytest $(UNTRACED)
+
+# The peers are installed apart, with nothing that the tests need.
+bench: .venv-bench/ready
+	.venv-bench/bin/python benchmarks/cpu.py --largest 1e9
+	.venv-bench/bin/python benchmarks/rounding.py
 
 # Random lives by the thousand: half an hour and more.
 soak: .venv/ready
@@ -41,6 +46,13 @@ test-newest: .venv-newest/ready
 .venv-newest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[demo,test]'
+	touch $@
+
+# timm needs torchvision, but the one file of it that averages does not.
+.venv-bench/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	.venv-bench/bin/pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -11,11 +12,12 @@ from torch import Tensor
 from averaging_optim._copies import made_anew
 from averaging_optim._tensors import (
     are_alike,
+    by_kind,
     copy_into,
     exchanged,
     followed,
     independent,
-    move_toward,
+    layout_of,
     new_average,
     replaced,
     stay_finite,
@@ -28,6 +30,7 @@ class Average:
     is_swapped: whether this is the average of a swap, also of one that has no effect.
         Kept here and not by the optimizer, of which Lightning makes a second object with
         the same attributes (lightning/pytorch/core/optimizer.py).
+    changes: how often a tensor has been replaced or dropped, or made for other sources.
 
     Args:
         dtype: of the averages; None takes that of each tensor, at least float32.
@@ -37,19 +40,25 @@ class Average:
     def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
         self.tensors: dict[Tensor, Tensor] = {}
         self.is_swapped = False
+        self.changes = 0
         self._dtype = dtype
         self._device = device
+        self._made_for: list[Tensor] = []
         self._held: dict[Tensor, Tensor] = {}
 
-    def make(self, sources: Iterable[Tensor]) -> None:
+    def make(self, sources: Sequence[Tensor]) -> None:
         """Start an average at the present values of each source that has none."""
-        for source in sources:
-            if source not in self.tensors:
-                self.tensors[source] = new_average(source, self._dtype, self._device)
+        if are_the_same(sources, self._made_for):
+            return
+        new = [source for source in sources if source not in self.tensors]
+        self._keep({source: new_average(source, self._dtype, self._device) for source in new})
+        self._made_for = list(sources)
 
-    def update(self, sources: Sequence[Tensor], share: float) -> None:
-        """Move the averages of the sources toward their present values."""
-        move_toward([self.tensors[source] for source in sources], sources, share)
+    def drop(self, source: Tensor) -> None:
+        """Keep no average of the source; no effect if there is none."""
+        self.tensors.pop(source, None)
+        self.changes += 1
+        self._made_for = []
 
     def stays_finite(self, sources: Sequence[Tensor]) -> bool:
         """Return whether an update toward the sources' present values keeps averages finite."""
@@ -88,7 +97,11 @@ class Average:
     def load(self, homes: Mapping[Tensor, Tensor], values: Mapping[Tensor, Tensor]) -> None:
         """Copy the values into their homes, and keep these."""
         copy_into(list(homes.values()), [values[source] for source in homes])
-        self.tensors.update(homes)
+        self._keep(homes)
+
+    def _keep(self, tensors: Mapping[Tensor, Tensor]) -> None:
+        self.tensors.update(tensors)
+        self.changes += 1
 
     def _home(self, source: Tensor) -> Tensor:
         average = self.tensors.get(source)
@@ -112,3 +125,40 @@ def copied_from_elsewhere(
         name: {source: apart(value, homes[name][source]) for source, value in each.items()}
         for name, each in values.items()
     }
+
+
+class Gathered:
+    """The tensors of an update as kernels want them, until one of them is another.
+
+    To gather a thousand small tensors takes longer than to average them. A copy is empty.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[object, ...] = ()
+        self._kinds: list[list[list[Tensor]]] = []
+
+    def __reduce__(self) -> tuple[type[Gathered], tuple[()]]:
+        return Gathered, ()
+
+    def kinds(
+        self, sources: Sequence[Tensor], averages: Sequence[Average]
+    ) -> list[list[list[Tensor]]]:
+        """Return lists of sources of one kind, each followed by lists of their averages.
+
+        Args:
+            sources: those that the averages have last been made for.
+        """
+        changes = [(average, average.changes) for average in averages]
+        # `Module.to` and `tensor.data = ...` change these two.
+        of = changes, [each.dtype for each in sources], [each.device for each in sources]
+        if of != self._of:
+            kept = [[average.tensors[source] for source in sources] for average in averages]
+            self._kinds = list(by_kind(sources, *kept))
+            # FSDP gives a DTensor another local tensor, which does not show.
+            self._of = () if any(layout_of(each) for each in sources) else of
+        return self._kinds
+
+
+def are_the_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Return whether both hold the same tensors, not just equal ones."""
+    return len(first) == len(second) and all(map(operator.is_, first, second))

@@ -21,7 +21,7 @@ from averaging_optim._arguments import (
     checked_dtype,
     checked_rules,
 )
-from averaging_optim._average import Average, copied_from_elsewhere
+from averaging_optim._average import Average, Gathered, copied_from_elsewhere
 from averaging_optim._checkpoint import (
     AVERAGE,
     COUNT,
@@ -36,7 +36,7 @@ from averaging_optim._checkpoint import (
 from averaging_optim._interrupts import in_one_piece
 from averaging_optim._rules import Rule, check_integer, check_real
 from averaging_optim._state import StateView
-from averaging_optim._tensors import independent, is_known_zero
+from averaging_optim._tensors import independent, is_known_zero, move_toward
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -108,6 +108,7 @@ class AveragingOptimizer(Optimizer):
     _wrapped: Optimizer
     _buffers: tuple[Tensor, ...]
     _averages: dict[str, Average]
+    _gathered: dict[tuple[str, ...], Gathered]
     _skip_nonfinite: bool
 
     def __init__(
@@ -131,6 +132,7 @@ class AveragingOptimizer(Optimizer):
             "_wrapped": optimizer,
             "_buffers": checked_buffers(buffers, optimizer),
             "_averages": {name: Average(dtype, home) for name in rules},
+            "_gathered": {},
             "_skip_nonfinite": skip_nonfinite,
         }
         # `Optimizer.__init__` would make parameter groups; this makes hooks and nothing else.
@@ -501,12 +503,16 @@ class AveragingOptimizer(Optimizer):
         )
 
     def _update(self, shares: Mapping[str, float]) -> None:
+        if not shares:
+            return
         tensors = self._averaged_tensors()
-        if shares and self._skip_nonfinite and not self._stay_finite(tensors):
+        if self._skip_nonfinite and not self._stay_finite(tensors):
             self._add_one(SKIPPED)
             return
-        for name, share in shares.items():
-            self._averages[name].update(tensors, share)
+        gathered = self._gathered.setdefault(tuple(shares), Gathered())
+        kinds = gathered.kinds(tensors, [self._averages[name] for name in shares])
+        move_toward(kinds, list(shares.values()))
+        for name in shares:
             self._add_one(COUNT + name)
 
     def _stay_finite(self, tensors: Sequence[Tensor]) -> bool:
@@ -514,8 +520,9 @@ class AveragingOptimizer(Optimizer):
         return next(iter(self._averages.values())).stays_finite(tensors)
 
     def _make_averages(self) -> None:
+        tensors = self._averaged_tensors()
         for average in self._averages.values():
-            average.make(self._averaged_tensors())
+            average.make(tensors)
 
     def _averaged_tensors(self) -> list[Tensor]:
         return [*self._averaged_weights(), *self._buffers]
@@ -545,7 +552,7 @@ class AveragingOptimizer(Optimizer):
         self._refuse_inside_swap(f"state[...][{key!r}] = ...")
         average = self._averages[key.removeprefix(AVERAGE)]
         if value is None:
-            average.tensors.pop(weight, None)
+            average.drop(weight)
         else:
             check_average(f"state[...][{key!r}]", value, weight)
             average.load(average.homes([weight]), {weight: value})

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 SCRATCH_BYTES = 4 * 2**20
+
+# Elements of the weights that are worked on at once where they are read more than once: on a CPU
+# they stay in its last cache, elsewhere they bound the memory for conversions.
+_PIECES = {"cpu": 2**20}
 
 _Block = tuple[Tensor, Tensor, Tensor]
 
@@ -45,22 +50,35 @@ def new_average(tensor: Tensor, dtype: torch.dtype | None, device: torch.device 
     return average.copy_(tensor)
 
 
+def by_kind(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Part the tensors of all lists alike by dtypes and devices, as foreach kernels want them."""
+    local = [_local(tensors) for tensors in lists]
+    columns = ([(each.dtype, each.device) for each in tensors] for tensors in local)
+    kinds = list(zip(*columns, strict=True))
+    for kind in dict.fromkeys(kinds):
+        chosen = [each == kind for each in kinds]
+        yield [list(compress(tensors, chosen)) for tensors in local]
+
+
 @torch.no_grad()
-def move_toward(averages: Sequence[Tensor], weights: Sequence[Tensor], share: float) -> None:
-    """averages ← averages + share · (weights − averages), in the averages' dtypes.
+def move_toward(kinds: Iterable[Sequence[list[Tensor]]], shares: Sequence[float]) -> None:
+    """average ← average + share · (weight − average), in the dtypes of the averages.
 
     A share of 1 copies, so that a first average may lie in uninitialised or non-finite
     memory; integer tensors are always copied.
+
+    Args:
+        kinds: lists of weights, each followed by a list of averages for each share.
     """
-    for group, sources in _by_kind(averages, weights):
-        if share == 1 or kind_of(group[0]) == "integer":
-            torch._foreach_copy_(group, sources)
-        elif are_alike(group[0], sources[0]):
-            torch._foreach_lerp_(group, sources, share)
-        else:
-            # _foreach_lerp_ refuses mixed dtypes; one tensor at a time bounds the memory.
-            for average, weight in zip(group, sources, strict=True):
-                average.lerp_(weight.to(average), share)
+    for weights, *averages in kinds:
+        is_copied = kind_of(weights[0]) == "integer"
+        for present, *parts in _read_once(weights, averages):
+            for part, share in zip(parts, shares, strict=True):
+                present = _as(part, present)
+                if is_copied or share == 1:
+                    torch._foreach_copy_(part, present)
+                else:
+                    torch._foreach_lerp_(part, present, share)
 
 
 def stay_finite(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
@@ -72,7 +90,7 @@ def stay_finite(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     kinds: dict[tuple[torch.dtype, Any], list[Tensor]] = defaultdict(list)
     for average, weight in zip(averages, weights, strict=True):
         if kind_of(average) != "integer":
-            kinds[average.dtype, layout_of(weight)].append(_local(weight))
+            kinds[average.dtype, layout_of(weight)] += _local([weight])
     # All verdicts before the answer, as other ranks wait in each.
     verdicts = [
         _all_ranks_say(_largest(tensors) <= torch.finfo(dtype).max / 4, layout)
@@ -84,7 +102,7 @@ def stay_finite(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
 @torch.no_grad()
 def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source's values into its target, converting where they differ."""
-    for group, values in _by_kind(targets, sources):
+    for group, values in by_kind(targets, sources):
         torch._foreach_copy_(group, values)
 
 
@@ -150,23 +168,55 @@ def _average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype.to_complex() if tensor.is_complex() else dtype
 
 
-def _by_kind(
-    targets: Iterable[Tensor], sources: Iterable[Tensor]
-) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
-    """Gather pairs of the same dtypes and devices, as foreach kernels want them."""
-    kinds: dict[object, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-    for target, source in zip(map(_local, targets), map(_local, sources), strict=True):
-        group = kinds[target.dtype, target.device, source.dtype, source.device]
-        group[0].append(target)
-        group[1].append(source)
-    return kinds.values()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor, in the same memory; else the tensor itself."""
+def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each DTensor, in the same memory; other tensors as they are."""
     # By name, as importing DTensor takes half a second and not every torch is built with it.
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
+    return [each.to_local() if hasattr(each, "to_local") else each for each in tensors]
+
+
+def _read_once(
+    weights: list[Tensor], averages: Sequence[list[Tensor]]
+) -> Iterator[Sequence[list[Tensor]]]:
+    """Cut lists alike so that a piece of the weights is in cache for all that is done with it."""
+    if len(averages) == 1 and are_alike(weights[0], averages[0][0]):
+        yield weights, *averages
+    else:
+        yield from _bundles([weights, *averages], _PIECES.get(weights[0].device.type, 2**24))
+
+
+def _as(averages: Sequence[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """Return the weights in the dtype and on the device of their averages."""
+    # _foreach_lerp_ refuses to mix.
+    if are_alike(weights[0], averages[0]):
+        return weights
+    return [weight.to(average) for weight, average in zip(weights, averages, strict=True)]
+
+
+def _bundles(lists: Sequence[list[Tensor]], limit: int) -> Iterator[Sequence[list[Tensor]]]:
+    """Cut the tensors of all lists alike, and gather pieces of at most `limit` elements."""
+    bundle: list[Sequence[Tensor]] = []
+    room = limit
+    for row in zip(*lists, strict=True):
+        for pieces in _pieces(row, limit):
+            if bundle and pieces[0].numel() > room:
+                yield [list(column) for column in zip(*bundle, strict=True)]
+                bundle, room = [], limit
+            bundle.append(pieces)
+            room -= pieces[0].numel()
+    yield [list(column) for column in zip(*bundle, strict=True)]
+
+
+def _pieces(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]:
+    """Cut tensors of one shape alike along their outermost dimension, until each piece fits."""
+    first = tensors[0]
+    if first.numel() <= limit:
+        yield tensors
+        return
+    # Outermost first: pieces of contiguous tensors stay contiguous.
+    dim = next(i for i, size in enumerate(first.shape) if size > 1)
+    size = max(1, first.shape[dim] * limit // first.numel())
+    for pieces in zip(*(tensor.split(size, dim) for tensor in tensors), strict=True):
+        yield from _pieces(pieces, limit)
 
 
 def _largest(tensors: Iterable[Tensor]) -> float:
@@ -189,27 +239,18 @@ def _all_ranks_say(verdict: bool, layout: Any) -> bool:
 
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:
-    return _local(first).data_ptr() == _local(second).data_ptr()
+    here, there = _local([first, second])
+    return here.data_ptr() == there.data_ptr()
 
 
 def _blocks(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[_Block]:
-    for group, partners in _by_kind(firsts, seconds):
+    for group, partners in by_kind(firsts, seconds):
         limit = SCRATCH_BYTES // group[0].element_size()
         largest = max(tensor.numel() for tensor in group)
         scratch = group[0].new_empty(min(limit, largest))
-        for first, second in zip(group, partners, strict=True):
-            yield from _cut(first, second, scratch)
-
-
-def _cut(first: Tensor, second: Tensor, scratch: Tensor) -> Iterator[_Block]:
-    """Halve a pair along its outermost dimension until each piece fits the scratch."""
-    if first.numel() <= scratch.numel():
-        yield first, second, scratch[: first.numel()].view(first.shape)
-        return
-    # Outermost first: views of contiguous tensors stay contiguous.
-    dim = next(i for i, size in enumerate(first.shape) if size > 1)
-    for half, partner in zip(first.chunk(2, dim), second.chunk(2, dim), strict=True):
-        yield from _cut(half, partner, scratch)
+        for pair in zip(group, partners, strict=True):
+            for first, second in _pieces(pair, limit):
+                yield first, second, scratch[: first.numel()].view(first.shape)
 
 
 def _exchange(blocks: Sequence[_Block]) -> None:

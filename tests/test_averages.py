@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +16,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from training import (
     averages,
     averaging_sgd,
+    first_layer,
     loss_of_batch,
     model_with_batch_norm,
+    recurrence,
     same,
     small_model,
     train,
     values,
 )
 
-from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
+from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule, _tensors
 
 STEPS = 12
 
@@ -340,6 +343,96 @@ def test_parameters_added_later_have_the_average_of_their_present_values() -> No
         second.zero_()
     optimizer.update_averages()
     assert same(averages(optimizer, "swa"), [torch.zeros(1), torch.full((1,), 4.0)])
+
+
+def cast_down(model: nn.Sequential) -> None:
+    model.half()
+
+
+def cast_one_layer_up(model: nn.Sequential) -> None:
+    model[2].double()
+
+
+def give_other_memory(model: nn.Sequential) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+
+
+def lay_out_otherwise(model: nn.Sequential) -> None:
+    weight = first_layer(model).weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize("rules", [{"ema": EMA(0.5)}, {"ema": EMA(0.5), "swa": SWA()}], ids=len)
+@pytest.mark.parametrize(
+    "change", [cast_down, cast_one_layer_up, give_other_memory, lay_out_otherwise]
+)
+def test_weights_that_change_between_updates_are_averaged_as_they_are_now(
+    change: Callable[[nn.Sequential], None], rules: dict[str, Rule]
+) -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, rules)
+    snapshots = []
+    for act in (lambda _: None, lambda _: None, change, lambda _: None):
+        act(model)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(2)
+        snapshots.append([weight.float() for weight in values(model.parameters())])
+        optimizer.update_averages()
+    for name, rule in rules.items():
+        assert same(averages(optimizer, name), recurrence(rule, snapshots))
+
+
+def test_groups_that_change_places_in_averaging_are_averaged_as_they_say_now() -> None:
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups: list[dict[str, Any]] = [{"params": [weight]} for weight in weights]
+    optimizer = AveragingOptimizer(SGD(groups, lr=0.1), EMA(0.5))
+    optimizer.update_averages()
+    for averaged, value in enumerate((4.0, 8.0)):
+        for i, group in enumerate(optimizer.param_groups):
+            group["average"] = i == averaged
+        with torch.no_grad():
+            weights[averaged].fill_(value)
+        optimizer.update_averages()
+    assert same(averages(optimizer, "ema"), [torch.full((1,), 4.0)])
+    assert optimizer.state[weights[0]]["averaged_ema"].item() == 2
+
+
+def test_an_average_that_was_deleted_is_made_and_averaged_anew() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = AveragingOptimizer(SGD([weight], lr=0.1), EMA(0.5))
+    optimizer.update_averages()
+    optimizer.update_averages()
+    del optimizer.state[weight]["averaged_ema"]
+    for value in (5.0, 9.0):
+        with torch.no_grad():
+            weight.fill_(value)
+        optimizer.update_averages()
+    assert optimizer.state[weight]["averaged_ema"].item() == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_of_tensors_of_all_sizes_and_layouts_are_the_same_in_pieces(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three averages are moved together, so that weights are cut up; one alone is not."""
+    monkeypatch.setattr(_tensors, "_PIECES", {"cpu": 100})
+    torch.manual_seed(0)
+    shapes = [(), (0, 3), (7,), (1, 250), (40, 30), (3, 1, 90), (2, 3, 5, 7), (99,), (101,)]
+    weights = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    weights.append(nn.Parameter(torch.randn(20, 30).to(dtype).t()))
+    rules: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(), "t_adema": T_ADEMA(0.9)}
+    optimizer = AveragingOptimizer(SGD(weights, lr=0.1), rules)
+    snapshots = []
+    for _ in range(3):
+        with torch.no_grad():
+            for weight in weights:
+                weight.add_(torch.randn_like(weight))
+        snapshots.append([weight.detach().float() for weight in values(weights)])
+        optimizer.update_averages()
+    for name, rule in rules.items():
+        assert same(averages(optimizer, name), recurrence(rule, snapshots))
 
 
 @pytest.mark.parametrize("share", [1.2, -0.1, math.nan])

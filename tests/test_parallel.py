@@ -382,3 +382,23 @@ class TestOneRank:
         with optimizer.swap_to_averaged():
             inside = values(model.buffers())
         assert same(inside, model.buffers())
+
+    @trains_with_fsdp
+    @pytest.mark.parametrize("names", [["ema"], ["ema", "swa"]], ids=len)
+    def test_sharded_weights_that_get_another_part_are_averaged_as_they_are_now(
+        self, names: list[str]
+    ) -> None:
+        model = sharded_model()
+        rules: dict[str, Rule] = {"ema": EMA(0.5), "swa": SWA()}
+        optimizer = averaging_sgd(model, {name: rules[name] for name in names})
+        optimizer.update_averages()
+        expected = whole(model.parameters())
+        for weight in model.parameters():
+            assert isinstance(weight, DTensor)
+            weight._local_tensor = weight._local_tensor * 3
+        optimizer.update_averages()
+        for name in names:
+            averaged = whole(
+                optimizer.state[weight][f"averaged_{name}"] for weight in model.parameters()
+            )
+            assert same(averaged, [2 * each for each in expected])
