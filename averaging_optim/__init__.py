@@ -1,7 +1,30 @@
 """Averaged weights for PyTorch, kept by the optimizer."""
 
 from averaging_optim._optimizer import AveragingOptimizer
-from averaging_optim._rules import EMA, SWA, T_ADEMA, Rule
+from averaging_optim._rules import (
+    EMA,
+    SWA,
+    T_ADEMA,
+    Formula,
+    HalfLifeFraction,
+    PolynomialAverage,
+    PowerEMA,
+    PowerRamp,
+    Rule,
+    TFRamp,
+)
 
-__all__ = ["EMA", "SWA", "T_ADEMA", "AveragingOptimizer", "Rule"]
+__all__ = [
+    "EMA",
+    "SWA",
+    "T_ADEMA",
+    "AveragingOptimizer",
+    "Formula",
+    "HalfLifeFraction",
+    "PolynomialAverage",
+    "PowerEMA",
+    "PowerRamp",
+    "Rule",
+    "TFRamp",
+]
 __version__ = "0.1.0"

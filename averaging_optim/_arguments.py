@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from averaging_optim._rules import Rule
+from averaging_optim._rules import Formula, Rule
+
+AnyRule = Rule | Callable[[int], float]
 
 
 def check_optimizer(optimizer: object) -> None:
@@ -32,18 +35,31 @@ def check_bool(argument: str, value: object) -> None:
         raise TypeError(f"`{argument}` must be True or False, got {value!r}.")
 
 
-def checked_rules(rule: Rule | Mapping[str, Rule]) -> dict[str, Rule]:
-    """Return name → rule; a rule alone is named after its class."""
+def checked_rules(rule: AnyRule | Mapping[str, AnyRule]) -> dict[str, Rule]:
+    """Return name → rule; a rule alone is named after its class, a function by its own name."""
     if isinstance(rule, Rule):
         return {type(rule).__name__.lower(): rule}
+    if _is_function(rule):
+        return {getattr(rule, "__name__", type(rule).__name__).lower(): Formula(rule)}
     if not isinstance(rule, Mapping):
-        raise TypeError(f"`rule` must be a Rule or a mapping of names to Rules, got {rule!r}.")
+        raise TypeError(
+            "`rule` must be a Rule, a function of the number of updates, or a mapping of names "
+            f"to these, got {rule!r}."
+        )
     if not rule:
         raise ValueError(f"`rule` must name at least one Rule, got {rule!r}.")
-    for name, each in rule.items():
-        if not isinstance(name, str) or not isinstance(each, Rule):
-            raise TypeError(f"`rule` must map strings to Rules, got {name!r}: {each!r}.")
-    return dict(rule)
+    return {name: _named_rule(name, each) for name, each in rule.items()}
+
+
+def _named_rule(name: object, rule: AnyRule) -> Rule:
+    if not isinstance(name, str) or not (isinstance(rule, Rule) or _is_function(rule)):
+        raise TypeError(f"`rule` must map strings to Rules, got {name!r}: {rule!r}.")
+    return rule if isinstance(rule, Rule) else Formula(rule)
+
+
+def _is_function(rule: object) -> TypeGuard[Callable[[int], float]]:
+    # A class can be called too, but was meant to be an instance.
+    return callable(rule) and not isinstance(rule, type)
 
 
 def checked_buffers(buffers: Iterable[Tensor], optimizer: Optimizer) -> tuple[Tensor, ...]:

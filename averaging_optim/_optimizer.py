@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from averaging_optim._arguments import (
+    AnyRule,
     check_bool,
     check_group,
     check_optimizer,
@@ -72,7 +73,8 @@ class AveragingOptimizer(Optimizer):
     Args:
         optimizer: any torch optimizer; it is used, not copied.
         rule: what to average, or a mapping name → rule to keep several averages. A
-            rule alone is named after its class in lower case.
+            rule alone is named after its class in lower case. A function of the number
+            of updates so far is a rule too (see `Formula`), named as it is.
         buffers: e.g. `model.buffers()`, statistics such as BatchNorm's that go with
             the weights: floating-point ones are averaged, integer ones copied. Give
             them when the model is on its device, for `Module.to` replaces buffers.
@@ -114,7 +116,7 @@ class AveragingOptimizer(Optimizer):
     def __init__(
         self,
         optimizer: Optimizer,
-        rule: Rule | Mapping[str, Rule],
+        rule: AnyRule | Mapping[str, AnyRule],
         *,
         buffers: Iterable[Tensor] = (),
         dtype: torch.dtype | None = None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field, replace
 from numbers import Integral, Real
 
 
@@ -69,34 +70,94 @@ class EMA(Rule):
     wₙ = 1 − decay,    w₀ = 1
 
     The average looks back over some 1 / (1 − decay) updates. It starts at the first
-    weights it sees, as in `torch.optim.swa_utils.get_ema_multi_avg_fn`.
+    weights it sees, as in `torch.optim.swa_utils.get_ema_multi_avg_fn`, and forgets them
+    as slowly as any others; `debias` and `warmup` let it forget them sooner.
 
     Args:
         decay: the share of the old average, in [0, 1]. 0 gives the present weights,
             1 the first.
+        debias: wₙ = (1 − decay) / (1 − decayⁿ⁺¹), by which the first weights count as any
+            others: what Adam does for its moments.
+        warmup: a rule whose share is taken while it is the larger one: `PowerRamp()`,
+            `TFRamp()`, or `SWA()` for the mean of all weights until it is a mean over
+            1 / (1 − decay) updates.
         start, every: see `Rule`.
 
     Raises:
-        TypeError: an argument is not a number.
+        TypeError: an argument is of the wrong type.
         ValueError: an argument is outside its interval.
 
     Source: Polyak, Juditsky: Acceleration of stochastic approximation by averaging,
     SIAM J. Control Optim. 30(4), 1992, for averaging; the exponential window is
-    signal processing's.
+    signal processing's. Kingma, Ba: Adam, ICLR 2015, arXiv 1412.6980, for `debias`.
 
     Example:
         >>> EMA(decay=0.75).weight(n_averaged=7)
         0.25
+        >>> [round(EMA(0.75, debias=True).weight(n), 3) for n in (0, 1, 2, 9)]
+        [1.0, 0.571, 0.432, 0.265]
+        >>> [round(EMA(0.75, warmup=SWA()).weight(n), 3) for n in (0, 1, 2, 9)]
+        [1.0, 0.5, 0.333, 0.25]
     """
 
     decay: float = 0.999
+    debias: bool = field(default=False, kw_only=True)
+    warmup: Rule | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_real("decay", self.decay, "[0, 1]")
+        if not isinstance(self.debias, bool):
+            raise TypeError(f"`debias` must be True or False, got {self.debias!r}.")
+        if not isinstance(self.warmup, Rule | None):
+            raise TypeError(f"`warmup` must be a Rule or None, got {self.warmup!r}.")
 
     def weight(self, n_averaged: int) -> float:
-        return 1.0 - self.decay if n_averaged > 0 else 1.0
+        if n_averaged == 0:
+            return 1.0
+        share = self._debiased(n_averaged + 1) if self.debias else 1.0 - self.decay
+        return max(share, self.warmup.weight(n_averaged)) if self.warmup else share
+
+    def _debiased(self, n: int) -> float:
+        return (1.0 - self.decay) / (1.0 - self.decay**n) if self.decay < 1 else 1.0 / n
+
+    @classmethod
+    def from_half_life(cls, steps: float, every: int = 1, *, start: int = 0) -> EMA:
+        """Return the EMA in which weights count half as much as those `steps` steps later.
+
+        decay = 2^(−every / steps)
+
+        Args:
+            steps: optimizer steps, not updates, in (0, ∞).
+            every, start: see `Rule`.
+
+        Source: Composer's `half_life`.
+
+        Example:
+            >>> EMA.from_half_life(steps=100, every=50).decay
+            0.7071067811865476
+        """
+        check_real("steps", steps, "(0, ∞)")
+        check_integer("every", every, at_least=1)
+        return cls(2.0 ** (-every / steps), start=start, every=every)
+
+    def scaled(self, batch_factor: float) -> EMA:
+        """Return the EMA that sees as many samples when a batch has so many times more.
+
+        decay ← decay^batch_factor
+
+        Args:
+            batch_factor: the new batch size in old ones, in (0, ∞).
+
+        Source: Busbridge, Ramapuram, Ablin, Likhomanenko, Dhekane, Suau, Webb: How to
+        Scale Your EMA, NeurIPS 2023, arXiv 2307.13813.
+
+        Example:
+            >>> EMA(decay=0.5).scaled(batch_factor=3).decay
+            0.125
+        """
+        check_real("batch_factor", batch_factor, "(0, ∞)")
+        return replace(self, decay=self.decay**batch_factor)
 
 
 @dataclass(frozen=True)
@@ -165,6 +226,216 @@ class T_ADEMA(Rule):
         return 1.0 - self.alpha * math.tanh(n_averaged / self.timescale)
 
 
+@dataclass(frozen=True)
+class PolynomialAverage(Rule):
+    """Mean of all weights in which later ones count more, as a power of their number.
+
+    wₙ = (eta + 1) / (n + 1 + eta)
+
+    The k-th of n + 1 weights gets a share in proportion to k^eta, nearly. The average
+    looks back over a constant part of the run, (n + 1) / (eta + 2) updates in the mean.
+
+    Args:
+        eta: in [0, ∞). 0 is SWA.
+        start, every: see `Rule`.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is outside its interval.
+
+    Source: Shamir, Zhang: Stochastic Gradient Descent for Non-smooth Optimization, ICML
+    2013, arXiv 1212.1824, "polynomial-decay averaging".
+
+    Example:
+        >>> [round(PolynomialAverage(eta=3).weight(n), 3) for n in (0, 1, 10, 100)]
+        [1.0, 0.8, 0.286, 0.038]
+    """
+
+    eta: float = 8.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_real("eta", self.eta, "[0, ∞)")
+
+    def weight(self, n_averaged: int) -> float:
+        return (self.eta + 1.0) / (n_averaged + 1.0 + self.eta)
+
+
+@dataclass(frozen=True)
+class PowerEMA(Rule):
+    """Average whose window is a constant part of the run, as a power function of time.
+
+    wₙ = 1 − (1 − 1 / (n + 1))^(gamma + 1)
+
+    The share of a weight at time t of a run of length T is in proportion to (t / T)^gamma.
+    Time is counted from `start`, and in updates: those after `every` steps are at t = every
+    · n, so that Δt / t = 1 / n whatever `every` is.
+
+    Args:
+        gamma: in [0, ∞). 0 is SWA; see `from_width`.
+        start, every: see `Rule`.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is outside its interval.
+
+    Source: Karras, Aittala, Lehtinen, Hellsten, Aila, Laine: Analyzing and Improving the
+    Training Dynamics of Diffusion Models (EDM2), CVPR 2024, arXiv 2312.02696.
+
+    Example:
+        >>> [round(PowerEMA(gamma=6.94).weight(n), 3) for n in (0, 1, 10, 100)]
+        [1.0, 0.996, 0.531, 0.076]
+    """
+
+    gamma: float = 6.94
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_real("gamma", self.gamma, "[0, ∞)")
+
+    def weight(self, n_averaged: int) -> float:
+        return 1.0 - math.pow(1.0 - 1.0 / (n_averaged + 1), self.gamma + 1.0)
+
+    @classmethod
+    def from_width(cls, sigma_rel: float, *, start: int = 0, every: int | None = 1) -> PowerEMA:
+        """Return the average whose weights' times spread by a part `sigma_rel` of the run.
+
+        sigma_rel = √(gamma + 1) / ((gamma + 2) · √(gamma + 3))
+
+        Args:
+            sigma_rel: standard deviation of the times over the length of the run, in
+                (0, 0.2886], where 0.2886 is SWA's.
+            start, every: see `Rule`.
+
+        Example:
+            >>> round(PowerEMA.from_width(0.05).gamma, 2), round(PowerEMA.from_width(0.1).gamma, 2)
+            (16.97, 6.94)
+        """
+        check_real("sigma_rel", sigma_rel, "(0, 0.2886]")
+        # gamma³ + 7 gamma² + (16 − t) gamma + 12 − t = 0 with t = 1 / sigma_rel². For gamma = x −
+        # 7/3 that is x³ + p x + q = 0, and its largest root is this one of Viète's three.
+        t = 1 / sigma_rel**2
+        p, q = -1 / 3 - t, 4 * t / 3 + 2 / 27
+        x = 2 * math.sqrt(-p / 3) * math.cos(math.acos(1.5 * q / p * math.sqrt(-3 / p)) / 3)
+        return cls(x - 7 / 3, start=start, every=every)
+
+
+@dataclass(frozen=True)
+class HalfLifeFraction(Rule):
+    """Exponential moving average whose half-life is a constant part of the run.
+
+    wₙ = 1 − 2^(−1 / (fraction · (n + 1))),    w₀ = 1
+
+    Args:
+        fraction: the half-life, as a part of the updates so far, in (0, 1].
+        start, every: see `Rule`.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is outside its interval.
+
+    Source: torchtitan's EMA, and arXiv 2602.03702.
+
+    Example:
+        >>> [round(HalfLifeFraction(0.05).weight(n), 3) for n in (0, 10, 100, 1000)]
+        [1.0, 0.716, 0.128, 0.014]
+    """
+
+    fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_real("fraction", self.fraction, "(0, 1]")
+
+    def weight(self, n_averaged: int) -> float:
+        return 1.0 - 2.0 ** (-1.0 / (self.fraction * (n_averaged + 1))) if n_averaged > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class PowerRamp(Rule):
+    """Share that falls as a power of the number of updates: a `warmup` of EMA.
+
+    wₙ = (1 + (n + 1) / gamma)^(−power),    w₀ = 1
+
+    Args:
+        gamma: updates until the share begins to fall, in (0, ∞).
+        power: in (0, 1]. 2/3 reaches a decay of 0.9999 after a million updates, 3/4 after
+            0.2 million.
+        start, every: see `Rule`; of no effect as a `warmup`.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is outside its interval.
+
+    Source: Crowson's EMA with warm-up, as in timm's `ModelEmaV3` and ema-pytorch.
+
+    Example:
+        >>> [round(1 - PowerRamp(power=2 / 3).weight(n), 4) for n in (10, 1000, 10**6)]
+        [0.8092, 0.99, 0.9999]
+        >>> round(1 - PowerRamp(power=3 / 4).weight(215_443), 4)
+        0.9999
+    """
+
+    gamma: float = 1.0
+    power: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_real("gamma", self.gamma, "(0, ∞)")
+        check_real("power", self.power, "(0, 1]")
+
+    def weight(self, n_averaged: int) -> float:
+        n = n_averaged + 1
+        return (1.0 + n / self.gamma) ** -self.power if n_averaged > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class TFRamp(Rule):
+    """TensorFlow's share of early updates: a `warmup` of EMA.
+
+    wₙ = 9 / (10 + n + 1),    w₀ = 1
+
+    Args:
+        start, every: see `Rule`; of no effect as a `warmup`.
+
+    Source: `tf.train.ExponentialMovingAverage` with `num_updates`.
+
+    Example:
+        >>> [round(TFRamp().weight(n), 3) for n in (0, 1, 10, 100)]
+        [1.0, 0.75, 0.429, 0.081]
+    """
+
+    def weight(self, n_averaged: int) -> float:
+        return 9.0 / (10.0 + n_averaged + 1.0) if n_averaged > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Formula(Rule):
+    """Any function of the number of updates so far, as a rule.
+
+    Args:
+        function: n ≥ 1 → share in [0, 1]; the first update copies the weights.
+        start, every: see `Rule`.
+
+    Raises:
+        TypeError: `function` cannot be called.
+
+    Example:
+        >>> Formula(lambda n: n**-0.5, every=10).weight(n_averaged=4)
+        0.5
+    """
+
+    function: Callable[[int], float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.function):
+            raise TypeError(f"`function` must be callable, got {self.function!r}.")
+
+    def weight(self, n_averaged: int) -> float:
+        return self.function(n_averaged) if n_averaged > 0 else 1.0
+
+
 def check_integer(argument: str, value: object, at_least: int) -> None:
     """Raise unless the value is an integer (no bool) that is large enough, and fits 64 bits."""
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -176,10 +447,12 @@ def check_integer(argument: str, value: object, at_least: int) -> None:
 
 
 def check_real(argument: str, value: object, interval: str) -> None:
-    """Raise unless the value is a number in the interval: "[0, 1]" or "(0, ∞)"."""
+    """Raise unless the value is a number in the interval, such as "[0, 1]" or "(0, ∞)"."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{argument}` must be a number in {interval}, got {value!r}.")
+    low, high = (float(bound.replace("∞", "inf")) for bound in interval[1:-1].split(", "))
     number = float(value)
-    inside = 0 <= number <= 1 if interval == "[0, 1]" else 0 < number < math.inf
-    if not inside:
+    is_above = low <= number if interval[0] == "[" else low < number
+    is_below = number <= high if interval[-1] == "]" else number < high
+    if not (is_above and is_below):
         raise ValueError(f"`{argument}` must be in {interval}, got {value}.")

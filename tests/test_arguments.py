@@ -16,10 +16,11 @@ from averaging_optim import EMA, AveragingOptimizer
 @pytest.mark.parametrize(
     ("rule", "options", "error", "message"),
     [
-        ("ema", {}, TypeError, r"`rule` must be a Rule or a mapping of names to Rules, got 'ema'"),
-        (EMA, {}, TypeError, r"`rule` must be a Rule or a mapping .*, got <class "),
+        ("ema", {}, TypeError, r"`rule` must be a Rule, a function .*, or a mapping .*, got 'ema'"),
+        (EMA, {}, TypeError, r"`rule` must be a Rule, a function .*, got <class "),
         ({}, {}, ValueError, r"`rule` must name at least one Rule, got \{\}\."),
         ({1: EMA()}, {}, TypeError, r"`rule` must map strings to Rules, got 1: EMA"),
+        ({"ema": EMA}, {}, TypeError, r"`rule` must map strings to Rules, got 'ema': <class "),
         ({"ema": 0.9}, {}, TypeError, r"`rule` must map strings to Rules, got 'ema': 0\.9\."),
         (EMA(), {"buffers": 3}, TypeError, r"`buffers` must be an iterable of tensors, got 3\."),
         (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from training import (
+    EVERY_RULE,
     averages,
     averaging_sgd,
     first_layer,
@@ -26,7 +27,7 @@ from training import (
     values,
 )
 
-from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule, _tensors
+from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Formula, Rule, _tensors
 
 STEPS = 12
 
@@ -246,11 +247,6 @@ def test_the_mean_over_ten_thousand_constant_updates_is_the_constant() -> None:
         assert same(averages(optimizer, name), [weight]), name
 
 
-RULES = st.one_of(
-    st.builds(EMA, st.floats(0, 1)),
-    st.just(SWA()),
-    st.builds(T_ADEMA, st.floats(0, 1), st.floats(0.1, 100)),
-)
 SNAPSHOTS = st.lists(st.floats(-1000, 1000), min_size=1, max_size=20)
 
 
@@ -269,18 +265,18 @@ def average_of(rule: Rule, snapshots: list[float]) -> float:
 ROUNDING = 1e-10
 
 
-@given(rule=RULES, value=st.floats(-1e30, 1e30), n=st.integers(1, 20))
+@given(rule=EVERY_RULE, value=st.floats(-1e30, 1e30), n=st.integers(1, 20))
 def test_the_average_of_a_constant_is_that_constant(rule: Rule, value: float, n: int) -> None:
     assert average_of(rule, [value] * n) == value
 
 
-@given(rule=RULES, snapshots=SNAPSHOTS)
+@given(rule=EVERY_RULE, snapshots=SNAPSHOTS)
 def test_an_average_lies_between_the_snapshots(rule: Rule, snapshots: list[float]) -> None:
     average = average_of(rule, snapshots)
     assert min(snapshots) - ROUNDING <= average <= max(snapshots) + ROUNDING
 
 
-@given(rule=RULES, snapshots=SNAPSHOTS, scale=st.floats(-2, 2), shift=st.floats(-100, 100))
+@given(rule=EVERY_RULE, snapshots=SNAPSHOTS, scale=st.floats(-2, 2), shift=st.floats(-100, 100))
 def test_averaging_commutes_with_affine_maps(
     rule: Rule, snapshots: list[float], scale: float, shift: float
 ) -> None:
@@ -288,7 +284,7 @@ def test_averaging_commutes_with_affine_maps(
     assert mapped == pytest.approx(scale * average_of(rule, snapshots) + shift, abs=ROUNDING)
 
 
-@given(rule=RULES, n=st.integers(1, 20))
+@given(rule=EVERY_RULE, n=st.integers(1, 20))
 def test_unrolled_weights_are_not_negative_and_sum_to_1(rule: Rule, n: int) -> None:
     units = [[float(i == j) for i in range(n)] for j in range(n)]
     weights = [average_of(rule, unit) for unit in units]
@@ -305,6 +301,24 @@ def test_ema_with_decay_n_over_n_plus_1_is_swa(snapshots: list[float]) -> None:
     expected = math.fsum(snapshots) / len(snapshots)
     assert average_of(Growing(), snapshots) == pytest.approx(expected, abs=ROUNDING)
     assert average_of(SWA(), snapshots) == pytest.approx(expected, abs=ROUNDING)
+
+
+def test_a_function_of_the_number_of_updates_is_a_rule() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+
+    def halved(n: int) -> float:
+        return 2.0**-n
+
+    optimizer = AveragingOptimizer(SGD([weight], lr=0.1), halved)
+    assert optimizer.rules == {"halved": Formula(halved)}
+    for value in (8.0, 0.0, 0.0):
+        with torch.no_grad():
+            weight.fill_(value)
+        optimizer.update_averages()
+    # Of 8, half is left by the second update and three quarters of that by the third.
+    assert averages(optimizer, "halved")[0].item() == 3
+    named = AveragingOptimizer(SGD([weight], lr=0.1), {"mine": halved, "ema": EMA()})
+    assert named.rules == {"mine": Formula(halved), "ema": EMA()}
 
 
 def test_a_first_average_copies_whatever_the_rule_says() -> None:

@@ -1,18 +1,30 @@
-"""The formulas, their intervals, and when a rule is due. No torch here."""
+"""The formulas, their intervals, and when a rule is due."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from training import EVERY_RULE, UNIT
 
-from averaging_optim import EMA, SWA, T_ADEMA, Rule
+from averaging_optim import (
+    EMA,
+    SWA,
+    T_ADEMA,
+    Formula,
+    HalfLifeFraction,
+    PolynomialAverage,
+    PowerEMA,
+    PowerRamp,
+    Rule,
+    TFRamp,
+)
 
-UNIT = st.floats(0, 1)
 COUNTS = st.integers(1, 10**9)
 
 
@@ -44,19 +56,117 @@ def test_t_adema_of_timescale_1_is_ema_from_the_fourth_update(n: int) -> None:
     assert T_ADEMA(alpha=0.9).weight(n) == pytest.approx(EMA(decay=0.9).weight(n), abs=1e-3)
 
 
-@pytest.mark.parametrize("rule", [EMA(), SWA(), T_ADEMA()], ids=repr)
-def test_the_first_update_takes_all_of_the_weights(rule: Rule) -> None:
-    assert rule.weight(0) == 1.0
-
-
-@given(
-    rule=st.one_of(
-        st.builds(EMA, UNIT), st.just(SWA()), st.builds(T_ADEMA, UNIT, st.floats(1e-3, 1e6))
-    ),
-    n=st.integers(0, 10**12),
-)
-def test_every_share_lies_in_the_unit_interval(rule: Rule, n: int) -> None:
+@given(rule=EVERY_RULE, n=st.integers(1, 10**12))
+def test_every_share_lies_in_the_unit_interval_and_the_first_is_1(rule: Rule, n: int) -> None:
+    assert rule.weight(0) == 1
     assert 0 <= rule.weight(n) <= 1
+
+
+def unrolled(rule: Rule, n: int) -> list[float]:
+    """Return the share of each of n weights in their average, the first one first."""
+    weights: list[float] = []
+    for i in range(n):
+        share = rule.weight(i)
+        weights = [(1 - share) * weight for weight in weights] + [share]
+    return weights
+
+
+def mean_age(rule: Rule, n: int) -> float:
+    """Return how many updates before the last one the weights in the average are, in the mean."""
+    return math.fsum(weight * age for age, weight in enumerate(reversed(unrolled(rule, n))))
+
+
+@given(rule=EVERY_RULE, n=st.integers(1, 60))
+def test_unrolled_shares_sum_to_1(rule: Rule, n: int) -> None:
+    # 60 updates with a few roundings of numbers below 1.
+    assert math.fsum(unrolled(rule, n)) == pytest.approx(1, abs=1e-13)
+
+
+@given(decay=st.floats(0.01, 0.999), n=st.integers(1, 60))
+def test_the_debiased_ema_is_adams(decay: float, n: int) -> None:
+    """Its weights are decayᵃᵍᵉ over their sum."""
+    powers = [decay**age for age in reversed(range(n))]
+    expected = [power / math.fsum(powers) for power in powers]
+    assert unrolled(EMA(decay, debias=True), n) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_debiased_ema_of_decay_1_is_swa() -> None:
+    assert [EMA(1, debias=True).weight(n) for n in range(9)] == [SWA().weight(n) for n in range(9)]
+
+
+@given(decay=UNIT, n=COUNTS)
+def test_a_warmup_is_followed_while_its_share_is_the_larger_one(decay: float, n: int) -> None:
+    """Others take the smaller decay: (1 + t) / (10 + t) in TensorFlow, 1 − (1 + t/γ)^−p in timm."""
+    t = n + 1
+    tensorflow = 1 - min(decay, (1 + t) / (10 + t))
+    assert EMA(decay, warmup=TFRamp()).weight(n) == pytest.approx(tensorflow, abs=1e-15)
+    timm = 1 - min(decay, 1 - (1 + t / 2) ** -0.75)
+    assert EMA(decay, warmup=PowerRamp(2, 0.75)).weight(n) == pytest.approx(timm, abs=1e-15)
+
+
+@given(steps=st.floats(1, 1e6), every=st.integers(1, 1000))
+def test_weights_count_half_as_much_after_a_half_life_of_steps(steps: float, every: int) -> None:
+    rule = EMA.from_half_life(steps, every, start=7)
+    assert rule.decay ** (steps / every) == pytest.approx(0.5)
+    assert (rule.every, rule.start) == (every, 7)
+
+
+@given(decay=UNIT, factor=st.floats(0.01, 100))
+def test_a_scaled_ema_takes_a_batch_for_so_many(decay: float, factor: float) -> None:
+    rule = EMA(decay, debias=True, every=3).scaled(factor)
+    assert rule == EMA(decay**factor, debias=True, every=3)
+
+
+N = 2000
+AGES = [
+    pytest.param(EMA(0.99), 99 * (1 - 0.99 ** (N - 1)), id="ema"),
+    pytest.param(EMA(0.99, debias=True), 99 - N * 0.99**N / (1 - 0.99**N), id="debiased"),
+    pytest.param(SWA(), (N - 1) / 2, id="swa"),
+    pytest.param(T_ADEMA(0.99), 99 * (1 - 0.99 ** (N - 4)), id="t_adema"),
+    pytest.param(PolynomialAverage(8), N + 8 - 9 * (N + 9) / 10, id="polynomial"),
+    pytest.param(PolynomialAverage(2.5), N + 2.5 - 3.5 * (N + 3.5) / 4.5, id="polynomial_2.5"),
+    pytest.param(PowerEMA(6.94), sum((i / N) ** 7.94 for i in range(1, N)), id="power"),
+    pytest.param(EMA(0.99, warmup=TFRamp()), 99, id="tf_ramp"),
+    pytest.param(EMA(0.99, warmup=PowerRamp()), 99, id="power_ramp"),
+]
+
+
+@pytest.mark.parametrize(("rule", "expected"), AGES)
+def test_the_mean_age_of_an_average_is_its_closed_form(rule: Rule, expected: float) -> None:
+    # T_ADEMA and warm-ups differ by their first updates, which two thousand later hardly count.
+    assert mean_age(rule, N) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.05, 0.2])
+def test_the_half_life_fraction_is_a_power_of_time(fraction: float) -> None:
+    """Products of 2^(−1/(f i)) over i … n are (i / n)^(ln 2 / f), up to parts in 1/n."""
+    expected = N / (1 + math.log(2) / fraction)
+    assert mean_age(HalfLifeFraction(fraction), N) == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
+def test_power_emas_have_the_exponents_that_edm2_gives(sigma_rel: float, gamma: float) -> None:
+    assert PowerEMA.from_width(sigma_rel).gamma == pytest.approx(gamma, abs=5e-3)
+
+
+@given(sigma_rel=st.floats(0.005, 0.2886))
+def test_the_width_of_a_power_ema_is_the_one_asked_for(sigma_rel: float) -> None:
+    gamma = PowerEMA.from_width(sigma_rel).gamma
+    width = math.sqrt(gamma + 1) / ((gamma + 2) * math.sqrt(gamma + 3))
+    assert width == pytest.approx(sigma_rel, rel=1e-9)
+
+
+@pytest.mark.parametrize("every", [1, 10])
+def test_the_spread_of_times_in_a_power_ema_is_its_width_whatever_the_interval(every: int) -> None:
+    """Peers that do not rescale the decay for the interval are off by factors here."""
+    rule = PowerEMA.from_width(0.05, every=every)
+    n = N // every
+    times = [every * i / N for i in range(1, n + 1)]
+    weights = unrolled(rule, n)
+    mean = math.fsum(w * t for w, t in zip(weights, times, strict=True))
+    variance = math.fsum(w * (t - mean) ** 2 for w, t in zip(weights, times, strict=True))
+    # An interval of a hundredth of the run adds a twelfth of its square to the variance.
+    assert math.sqrt(variance) == pytest.approx(0.05, rel=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -98,12 +208,23 @@ def test_rules_are_frozen() -> None:
         (T_ADEMA, {"timescale": 0}, r"`timescale` must be in \(0, ∞\), got 0\."),
         (T_ADEMA, {"timescale": math.inf}, r"`timescale` must be in \(0, ∞\), got inf\."),
         (T_ADEMA, {"timescale": math.nan}, r"`timescale` must be in \(0, ∞\), got nan\."),
+        (EMA.from_half_life, {"steps": 0}, r"`steps` must be in \(0, ∞\), got 0\."),
+        (EMA().scaled, {"batch_factor": -1}, r"`batch_factor` must be in \(0, ∞\), got -1\."),
+        (PolynomialAverage, {"eta": -1}, r"`eta` must be in \[0, ∞\), got -1\."),
+        (PolynomialAverage, {"eta": math.inf}, r"`eta` must be in \[0, ∞\), got inf\."),
+        (PowerEMA, {"gamma": -0.5}, r"`gamma` must be in \[0, ∞\), got -0\.5\."),
+        (PowerEMA.from_width, {"sigma_rel": 0}, r"`sigma_rel` must be in \(0, 0\.2886\], got 0"),
+        (PowerEMA.from_width, {"sigma_rel": 0.29}, r"`sigma_rel` must be in .*, got 0\.29\."),
+        (HalfLifeFraction, {"fraction": 0}, r"`fraction` must be in \(0, 1\], got 0\."),
+        (PowerRamp, {"gamma": 0}, r"`gamma` must be in \(0, ∞\), got 0\."),
+        (PowerRamp, {"power": 2}, r"`power` must be in \(0, 1\], got 2\."),
+        (SWA, {"start": 2**63}, r"`start` must be less than 2\*\*63, got 9223372036854775808\."),
         (SWA, {"start": -1}, r"`start` must be at least 0, got -1\."),
         (SWA, {"every": 0}, r"`every` must be at least 1, got 0\."),
     ],
 )
 def test_values_outside_an_interval_are_refused(
-    rule: type[Rule], arguments: dict[str, Any], message: str
+    rule: Callable[..., Rule], arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         rule(**arguments)
@@ -115,13 +236,17 @@ def test_values_outside_an_interval_are_refused(
         (EMA, {"decay": "0.9"}, r"`decay` must be a number in \[0, 1\], got '0\.9'\."),
         (EMA, {"decay": True}, r"`decay` must be a number in \[0, 1\], got True\."),
         (T_ADEMA, {"timescale": None}, r"`timescale` must be a number in \(0, ∞\), got None\."),
+        (EMA, {"debias": 1}, r"`debias` must be True or False, got 1\."),
+        (EMA, {"warmup": 10}, r"`warmup` must be a Rule or None, got 10\."),
+        (EMA.from_half_life, {"steps": 9, "every": None}, r"`every` must be an integer, got None"),
+        (Formula, {"function": 0.5}, r"`function` must be callable, got 0\.5\."),
         (SWA, {"start": 1.5}, r"`start` must be an integer, got 1\.5\."),
         (SWA, {"start": None}, r"`start` must be an integer, got None\."),
         (SWA, {"every": True}, r"`every` must be an integer, got True\."),
     ],
 )
 def test_arguments_of_another_type_are_refused(
-    rule: type[Rule], arguments: dict[str, Any], message: str
+    rule: Callable[..., Rule], arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TypeError, match=message):
         rule(**arguments)

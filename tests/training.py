@@ -9,10 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
+from averaging_optim import (
+    EMA,
+    SWA,
+    T_ADEMA,
+    AveragingOptimizer,
+    Formula,
+    HalfLifeFraction,
+    PolynomialAverage,
+    PowerEMA,
+    PowerRamp,
+    Rule,
+    TFRamp,
+)
 
 # Of weights and averages: alike, they change places in a swap; else weights are backed up.
 DTYPES = [
@@ -101,6 +114,22 @@ def share(rule: Rule, n: int) -> float:
         return 1 - rule.alpha * math.tanh(n / rule.timescale)
     assert isinstance(rule, SWA)
     return 1 / (n + 1)
+
+
+UNIT = st.floats(0, 1)
+EVERY_RULE: st.SearchStrategy[Rule] = st.one_of(
+    st.builds(EMA, UNIT),
+    st.builds(EMA, UNIT, debias=st.booleans(), warmup=st.sampled_from([SWA(), TFRamp()])),
+    st.builds(EMA, UNIT, warmup=st.builds(PowerRamp, st.floats(0.01, 1e4), st.floats(0.01, 1))),
+    st.just(SWA()),
+    st.builds(T_ADEMA, UNIT, st.floats(0.1, 100)),
+    st.builds(PolynomialAverage, st.floats(0, 100)),
+    st.builds(PowerEMA, st.floats(0, 100)),
+    st.builds(HalfLifeFraction, st.floats(1e-3, 1)),
+    st.builds(PowerRamp, st.floats(0.01, 1e4), st.floats(0.01, 1)),
+    st.just(TFRamp()),
+    st.builds(Formula, st.sampled_from([lambda n: 1 / n, lambda n: 0.5])),
+)
 
 
 def as_it_is(optimizer: Optimizer) -> Optimizer:
