@@ -1,6 +1,7 @@
 """Averaged weights for PyTorch, kept by the optimizer."""
 
 from averaging_optim._optimizer import AveragingOptimizer
+from averaging_optim._profile import Profile, describe
 from averaging_optim._rules import (
     EMA,
     SWA,
@@ -24,7 +25,9 @@ __all__ = [
     "PolynomialAverage",
     "PowerEMA",
     "PowerRamp",
+    "Profile",
     "Rule",
     "TFRamp",
+    "describe",
 ]
 __version__ = "0.1.0"

@@ -40,6 +40,7 @@ from averaging_optim._state import StateView
 from averaging_optim._tensors import independent, is_known_zero, move_toward
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_Result = TypeVar("_Result")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # Counters change with every step, and a compiled graph would hold them as constants.
@@ -217,6 +218,40 @@ class AveragingOptimizer(Optimizer):
                 yield
         finally:
             average.is_swapped = False
+
+    def evaluate_averages(self, evaluate: Callable[[], _Result]) -> dict[str, _Result]:
+        """Return what `evaluate` returns of the weights as they are, and under each average.
+
+        Args:
+            evaluate: called once for each; under the average as in `swap_to_averaged`.
+
+        Returns:
+            name of the rule → result, with that of the training weights under "weights",
+            the first.
+
+        Raises:
+            RuntimeError: inside `swap_to_averaged`.
+            ValueError: a rule is named "weights".
+
+        Example:
+            >>> import torch
+            >>> from averaging_optim import EMA, SWA, AveragingOptimizer
+            >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
+            >>> sgd = torch.optim.SGD([weight], lr=1.0)
+            >>> optimizer = AveragingOptimizer(sgd, {"fast": EMA(0.5), "mean": SWA()})
+            >>> optimizer.update_averages()
+            >>> _ = weight.data.fill_(4.0)
+            >>> optimizer.evaluate_averages(weight.item)
+            {'weights': 4.0, 'fast': 2.0, 'mean': 2.0}
+        """
+        self._refuse_inside_swap("evaluate_averages")
+        if "weights" in self.rules:
+            raise ValueError("`rules` must name no average 'weights', the key of the weights.")
+        results = {"weights": evaluate()}
+        for name in self.rules:
+            with self.swap_to_averaged(name):
+                results[name] = evaluate()
+        return results
 
     @_uncompiled
     def update_averages(self, name: str | None = None) -> None:

@@ -25,7 +25,7 @@ def test_the_code_of_the_readme_runs_from_top_to_bottom(
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), namespace)
     losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
-    assert len(losses) == 7
+    assert len(losses) == 8
     # The noise of the targets has variance 1.
     assert losses[0] < 1.2
 

@@ -123,6 +123,7 @@ REFUSED: dict[str, Callable[[AveragingOptimizer], Any]] = {
     ),
     "update_averages": lambda optimizer: optimizer.update_averages(),
     "swap_to_averaged('swa')": lambda optimizer: optimizer.swap_to_averaged("swa").__enter__(),
+    "evaluate_averages": lambda optimizer: optimizer.evaluate_averages(lambda: None),
     "load_averaged_state_dict": lambda optimizer: optimizer.load_averaged_state_dict(
         nn.Linear(1, 1), {}
     ),
@@ -150,6 +151,36 @@ def test_calls_that_would_mix_weights_and_averages_are_refused_inside(
         f"`{call}` is not allowed inside `swap_to_averaged('ema')`. Leave its block first."
     )
     assert same(everything(model, optimizer), before)
+
+
+def test_every_average_is_evaluated_in_one_call_and_the_weights_first() -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, TWO_RULES)
+    train(model, optimizer, 5)
+    before = everything(model, optimizer)
+    results = optimizer.evaluate_averages(lambda: values(model.parameters()))
+    assert list(results) == ["weights", "ema", "swa"]
+    assert same(results["weights"], model.parameters())
+    for name in TWO_RULES:
+        assert same(results[name], averages(optimizer, name))
+    assert same(everything(model, optimizer), before)
+
+
+def test_a_failure_in_an_evaluation_of_all_averages_restores_the_weights() -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, TWO_RULES)
+    train(model, optimizer, 5)
+    before = everything(model, optimizer)
+    left = iter([1, 2])
+    with pytest.raises(StopIteration):
+        optimizer.evaluate_averages(lambda: next(left))
+    assert same(everything(model, optimizer), before)
+
+
+def test_a_rule_that_takes_the_key_of_the_weights_cannot_be_evaluated_with_them() -> None:
+    optimizer = averaging_sgd(small_model(), {"weights": EMA()})
+    with pytest.raises(ValueError, match="`rules` must name no average 'weights'"):
+        optimizer.evaluate_averages(lambda: 0)
 
 
 def tensors_in(nested: Any) -> list[Tensor]:

@@ -1,0 +1,66 @@
+"""What an average is made of: how much of it each past step has, as numbers to plot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from averaging_optim._rules import Rule, check_integer
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The average of a rule after some steps.
+
+    shares: of the weights after each step, the first step first; they sum to 1.
+    window: how many steps back these weights are in the mean, 0 for the present ones.
+    half_life: the least number of steps back in which half of the average lies.
+    """
+
+    shares: tuple[float, ...]
+    window: float
+    half_life: int
+
+
+def describe(rule: Rule, steps: int) -> Profile:
+    """Return the profile of a rule's average after so many optimizer steps.
+
+    The weights after the i-th update have the share wᵢ · (1 − wᵢ₊₁) · … · (1 − wₙ).
+
+    Args:
+        rule: one that averages by itself, `every` not being None.
+        steps: at least `start + every`, by which there is an average.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: there is no average by then.
+
+    Example:
+        >>> from averaging_optim import EMA, describe
+        >>> describe(EMA(decay=0.5), steps=4)
+        Profile(shares=(0.125, 0.125, 0.25, 0.5), window=0.875, half_life=0)
+    """
+    if not isinstance(rule, Rule):
+        raise TypeError(f"`rule` must be a Rule, got {rule!r}.")
+    if rule.every is None:
+        raise ValueError(f"`rule` must average every so many steps, got {rule!r}.")
+    check_integer("steps", steps, at_least=rule.start + rule.every)
+    by_age = _shares_by_age(rule, steps)
+    return Profile(
+        shares=tuple(reversed(by_age)),
+        window=sum(age * share for age, share in enumerate(by_age)),
+        half_life=next(age for age, sum_ in enumerate(accumulate(by_age)) if sum_ >= 0.5),
+    )
+
+
+def _shares_by_age(rule: Rule, steps: int) -> list[float]:
+    n = sum(map(rule.is_due, range(1, steps + 1)))
+    shares, left = [], 1.0
+    for step in range(steps, 0, -1):
+        share = 0.0
+        if rule.is_due(step):
+            n -= 1
+            share = rule.weight(n) if n > 0 else 1.0
+        shares.append(left * share)
+        left *= 1.0 - share
+    return shares
