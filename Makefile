@@ -17,10 +17,9 @@ test: .venv/ready
 	$(BIN)/pytest --cov $(UNTRACED:%=--ignore %)
 	$(BIN)/pytest $(UNTRACED)
 
-# The peers are installed apart, with nothing that the tests need.
-bench: .venv-bench/ready
-	.venv-bench/bin/python benchmarks/cpu.py --largest 1e9
-	.venv-bench/bin/python benchmarks/rounding.py
+bench: .venv/ready
+	$(BIN)/python benchmarks/cpu.py --largest 1e9
+	$(BIN)/python benchmarks/rounding.py
 
 # Random lives by the thousand: half an hour and more.
 soak: .venv/ready
@@ -33,26 +32,23 @@ test-oldest: .venv-oldest/ready
 test-newest: .venv-newest/ready
 	.venv-newest/bin/pytest
 
+# timm needs torchvision, but the one file of it that averages does not.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
 .venv-oldest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --editable '.[demo,test]' torch==$(OLDEST)
+	.venv-oldest/bin/pip install --quiet --no-deps timm
 	touch $@
 
 .venv-newest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[demo,test]'
-	touch $@
-
-# timm needs torchvision, but the one file of it that averages does not.
-.venv-bench/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	.venv-bench/bin/pip install --quiet --constraint constraints.txt --no-deps timm
+	.venv-newest/bin/pip install --quiet --no-deps timm
 	touch $@
 
 clean:

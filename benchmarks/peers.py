@@ -68,7 +68,7 @@ def from_torch(model: nn.Module) -> Candidate:
 
 
 def from_timm(model: nn.Module, dtype: torch.dtype | None = None) -> Candidate:
-    averaged = _timm_model_ema().ModelEmaV3(model, decay=DECAY, dtype=dtype)
+    averaged = timm_model_ema().ModelEmaV3(model, decay=DECAY, dtype=dtype)
     return Candidate(lambda: averaged.update(model), averaged.module.parameters)
 
 
@@ -135,7 +135,7 @@ def _check(name: str, averages: Iterable[Tensor], weights: Iterable[Tensor], fac
             raise RuntimeError(f"`{name}` does not average as the others do.")
 
 
-def _timm_model_ema() -> ModuleType:
+def timm_model_ema() -> ModuleType:
     """Return the one file of timm that averages: the package itself needs torchvision."""
     name = "timm_model_ema"
     if name not in sys.modules:
