@@ -46,10 +46,11 @@ def describe(rule: Rule, steps: int) -> Profile:
         raise ValueError(f"`rule` must average every so many steps, got {rule!r}.")
     check_integer("steps", steps, at_least=rule.start + rule.every)
     by_age = _shares_by_age(rule, steps)
+    half = 0.5 - 1e-9  # so that rounding does not decide about an even number of equal shares
     return Profile(
         shares=tuple(reversed(by_age)),
         window=sum(age * share for age, share in enumerate(by_age)),
-        half_life=next(age for age, sum_ in enumerate(accumulate(by_age)) if sum_ >= 0.5),
+        half_life=next(age for age, sum_ in enumerate(accumulate(by_age)) if sum_ >= half),
     )
 
 
