@@ -182,7 +182,9 @@ class AveragingOptimizer(Optimizer):
         dtype and device change places with the weights, through a scratch of a few
         MiB; others are copied in, and need a backup of their weights. Buffers that
         were given as `buffers` may be changed inside, as by
-        `torch.optim.swa_utils.update_bn`; the weights must not be.
+        `torch.optim.swa_utils.update_bn`; the weights must not be, but may be cast or
+        moved, and are the training weights there on leaving. Ctrl-C and other signals
+        with a handler in Python wait while values move.
 
         No effect before the first average, and inside a swap to the same average.
 
