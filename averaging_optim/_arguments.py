@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from averaging_optim._rules import Formula, Rule
+from averaging_optim._rules import Formula, Rule, check_bool
 
 AnyRule = Rule | Callable[[int], float]
 
@@ -27,12 +27,6 @@ def check_group(group: object) -> None:
     if not isinstance(group, dict):
         raise TypeError(f"`param_group` must be a dict, got {group!r}.")
     check_bool("average", group.get("average", True))
-
-
-def check_bool(argument: str, value: object) -> None:
-    """Raise unless the value is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{argument}` must be True or False, got {value!r}.")
 
 
 def checked_rules(rule: AnyRule | Mapping[str, AnyRule]) -> dict[str, Rule]:

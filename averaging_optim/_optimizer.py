@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from averaging_optim._arguments import (
     AnyRule,
-    check_bool,
     check_group,
     check_optimizer,
     checked_buffers,
@@ -35,7 +34,7 @@ from averaging_optim._checkpoint import (
     write_checkpoint,
 )
 from averaging_optim._interrupts import in_one_piece
-from averaging_optim._rules import Rule, check_integer, check_real
+from averaging_optim._rules import Rule, check_bool, check_integer, check_real
 from averaging_optim._state import StateView
 from averaging_optim._tensors import independent, is_known_zero, move_toward
 

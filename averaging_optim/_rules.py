@@ -107,8 +107,7 @@ class EMA(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_real("decay", self.decay, "[0, 1]")
-        if not isinstance(self.debias, bool):
-            raise TypeError(f"`debias` must be True or False, got {self.debias!r}.")
+        check_bool("debias", self.debias)
         if not isinstance(self.warmup, Rule | None):
             raise TypeError(f"`warmup` must be a Rule or None, got {self.warmup!r}.")
 
@@ -434,6 +433,12 @@ class Formula(Rule):
 
     def weight(self, n_averaged: int) -> float:
         return self.function(n_averaged) if n_averaged > 0 else 1.0
+
+
+def check_bool(argument: str, value: object) -> None:
+    """Raise unless the value is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be True or False, got {value!r}.")
 
 
 def check_integer(argument: str, value: object, at_least: int) -> None:
