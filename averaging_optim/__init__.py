@@ -4,29 +4,35 @@ from averaging_optim._optimizer import AveragingOptimizer
 from averaging_optim._profile import Profile, describe
 from averaging_optim._rules import (
     EMA,
+    LAWA,
     SWA,
     T_ADEMA,
     Formula,
     HalfLifeFraction,
+    Lookahead,
     PolynomialAverage,
     PowerEMA,
     PowerRamp,
     Rule,
+    SwitchEMA,
     TFRamp,
 )
 
 __all__ = [
     "EMA",
+    "LAWA",
     "SWA",
     "T_ADEMA",
     "AveragingOptimizer",
     "Formula",
     "HalfLifeFraction",
+    "Lookahead",
     "PolynomialAverage",
     "PowerEMA",
     "PowerRamp",
     "Profile",
     "Rule",
+    "SwitchEMA",
     "TFRamp",
     "describe",
 ]

@@ -18,6 +18,7 @@ from averaging_optim._tensors import (
     followed,
     independent,
     layout_of,
+    move_toward,
     new_average,
     replaced,
     stay_finite,
@@ -63,6 +64,19 @@ class Average:
     def stays_finite(self, sources: Sequence[Tensor]) -> bool:
         """Return whether an update toward the sources' present values keeps averages finite."""
         return stay_finite([self.tensors[source] for source in sources], sources)
+
+    def take(self, sources: Sequence[Tensor]) -> None:
+        """Copy the sources' present values."""
+        copy_into([self.tensors[source] for source in sources], sources)
+
+    def follow(self, other: Average, sources: Sequence[Tensor], share: float) -> None:
+        """average ← average + share · (other − average), for these sources."""
+        others = [other.tensors[source] for source in sources]
+        move_toward(by_kind(others, [self.tensors[source] for source in sources]), [share])
+
+    def write_back(self, sources: Sequence[Tensor]) -> None:
+        """Let the sources have the values of their averages."""
+        copy_into(sources, [self.tensors[source] for source in sources])
 
     @contextmanager
     def swapped(self, weights: Iterable[Tensor], buffers: Iterable[Tensor]) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from averaging_optim._average import Average
+from averaging_optim._rules import Rule
 from averaging_optim._tensors import copy_into, kind_of, layout_of
 
 STEPS = "averaging_steps"
@@ -29,8 +30,8 @@ class Checkpoint:
 
     wrapped: the state dict of the wrapped optimizer.
     counters: key in a parameter group → count.
-    averages: name of a rule → parameter or buffer → its average, for each rule of
-        which the state dict has averages.
+    averages: name of an average or snapshot → parameter or buffer → its value, for each
+        rule of which the state dict has any.
     missing: what it has no entry for and ought to, in words.
     """
 
@@ -38,6 +39,23 @@ class Checkpoint:
     counters: dict[str, int]
     averages: dict[str, dict[Tensor, Tensor]]
     missing: list[str]
+
+
+def kept_by(rules: Mapping[str, Rule]) -> dict[str, list[str]]:
+    """Return name of a rule → names under which its average and then its snapshots are kept.
+
+    Raises:
+        ValueError: two of these names are the same.
+    """
+    kept = {
+        name: [name, *(f"{name}_{i}" for i in range(1, rule.snapshots + 1))]
+        for name, rule in rules.items()
+    }
+    for name, keys in kept.items():
+        for key in keys[1:]:
+            if key in rules:
+                raise ValueError(f"`rule` must name no average {key!r}, a snapshot of {name!r}.")
+    return kept
 
 
 def write_checkpoint(
@@ -69,9 +87,12 @@ def read_checkpoint(
     state_dict: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     buffers: Sequence[Tensor],
-    names: Collection[str],
+    kept: Mapping[str, Sequence[str]],
 ) -> Checkpoint:
     """Take apart a state dict for an optimizer with these groups, buffers and rules.
+
+    Args:
+        kept: see `kept_by`.
 
     Raises:
         ValueError: an entry does not fit; the message names it.
@@ -82,26 +103,30 @@ def read_checkpoint(
     _check_indices(state, saved_groups, groups)
     saved_buffers = _mapping(BUFFERS, state_dict.get(BUFFERS, {}))
     weights = _averaged_weights(saved_groups, groups)
-    _refuse_unknown(state, saved_groups, saved_buffers, weights, names)
+    _refuse_unknown(state, saved_groups, saved_buffers, weights, kept)
 
     averages = {
-        name: found
-        for name in names
-        if (found := _weight_averages(AVERAGE + name, state, weights)) is not None
+        key: _weight_averages(AVERAGE + key, state, weights)
+        for keys in kept.values()
+        if _has_any(keys, state, weights)
+        for key in keys
     }
     steps = _counter(saved_groups, STEPS, required=any(averages.values()))
     skipped = _counter(saved_groups, SKIPPED, required=False)
     counts = {
         name: _counter(saved_groups, COUNT + name, required=bool(averages.get(name)))
-        for name in names
+        for name in kept
     }
-    missing = [repr(name) for name in names if name not in averages and counts[name] != 0]
-    if buffers:
-        missing += [f"the buffers of {name!r}" for name in averages if name not in saved_buffers]
-    for name, found in averages.items():
-        found.update(_buffer_averages(name, saved_buffers, buffers))
+    missing = [repr(name) for name in kept if name not in averages and counts[name] != 0]
+    for name, keys in kept.items():
+        is_lost = bool(buffers) and not any(key in saved_buffers for key in keys)
+        if is_lost and name in averages:
+            missing.append(f"the buffers of {name!r}")
+        for key in filter(averages.__contains__, keys):
+            saved = list(buffers) if is_lost else saved_buffers.get(key, [])
+            averages[key].update(_buffer_averages(key, saved, buffers))
 
-    counters = {COUNT + name: counts[name] if name in averages else 0 for name in names}
+    counters = {COUNT + name: counts[name] if name in averages else 0 for name in kept}
     goes_on = bool(averages) or not missing
     counters |= {STEPS: steps if goes_on else 0, SKIPPED: skipped if goes_on else 0}
     return Checkpoint(
@@ -210,8 +235,9 @@ def _refuse_unknown(
     saved_groups: Sequence[Mapping[str, Any]],
     saved_buffers: Mapping[str, Any],
     weights: Mapping[Any, Tensor],
-    names: Collection[str],
+    kept: Mapping[str, Sequence[str]],
 ) -> None:
+    names = {name for names in kept.values() for name in names}
     averages = {AVERAGE + name for name in names}
     for index, entry in state.items():
         for key in filter(_is_average, entry if isinstance(entry, Mapping) else ()):
@@ -221,7 +247,7 @@ def _refuse_unknown(
                 )
     for i, group in enumerate(saved_groups):
         for key in group:
-            if _is_count(key) and key.removeprefix(COUNT) not in names:
+            if _is_count(key) and key.removeprefix(COUNT) not in kept:
                 raise ValueError(f"`param_groups[{i}][{_shown(key)}]` counts for no rule here.")
     for name in saved_buffers:
         if name not in names:
@@ -261,29 +287,28 @@ def _count(entry: str, count: Any) -> int:
     return count
 
 
+def _has_any(keys: Iterable[str], state: Mapping[Any, Any], weights: Collection[Any]) -> bool:
+    """Return whether a weight has an entry of one of these averages, or no weight should."""
+    entries = [state.get(index, {}) for index in weights]
+    return not weights or any(AVERAGE + key in entry for entry in entries for key in keys)
+
+
 def _weight_averages(
     key: str, state: Mapping[Any, Any], weights: Mapping[Any, Tensor]
-) -> dict[Tensor, Tensor] | None:
-    """Return parameter → saved average, None if no parameter has one and one should."""
-    entries = {index: state.get(index, {}) for index in weights}
-    if weights and not any(key in entry for entry in entries.values()):
-        return None
+) -> dict[Tensor, Tensor]:
+    """Return parameter → saved average."""
     averages = {}
     for index, weight in weights.items():
         # torch.distributed.checkpoint loads no state of frozen weights, which are their average.
         default = None if weight.requires_grad else weight
-        averages[weight] = _plain(entries[index].get(key, default))
+        averages[weight] = _plain(state.get(index, {}).get(key, default))
         check_average(f"state[{_shown(index)}][{key!r}]", averages[weight], weight)
     return averages
 
 
-def _buffer_averages(
-    name: str, saved_buffers: Mapping[str, Any], buffers: Sequence[Tensor]
-) -> dict[Tensor, Tensor]:
-    """Return buffer → saved average, the buffer itself if none is saved."""
-    if name not in saved_buffers:
-        return dict(zip(buffers, buffers, strict=True))
-    entry, saved = f"{BUFFERS}[{name!r}]", saved_buffers[name]
+def _buffer_averages(key: str, saved: Any, buffers: Sequence[Tensor]) -> dict[Tensor, Tensor]:
+    """Return buffer → its average in a saved list."""
+    entry = f"{BUFFERS}[{key!r}]"
     if not isinstance(saved, list) or len(saved) != len(buffers):
         raise ValueError(f"`{entry}` must be a list of {len(buffers)} tensors.")
     averages = {buffer: _plain(average) for buffer, average in zip(buffers, saved, strict=True)}

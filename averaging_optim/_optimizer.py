@@ -28,6 +28,7 @@ from averaging_optim._checkpoint import (
     SKIPPED,
     STEPS,
     check_average,
+    kept_by,
     load_or_keep,
     read_checkpoint,
     read_exported,
@@ -56,8 +57,10 @@ class AveragingOptimizer(Optimizer):
     average ← average + wₙ · (weights − average)
 
     after each step at which a rule is due, n being the updates averaged so far and wₙ
-    the rule's share. The weights train exactly as without the wrapper. The averages
-    are saved, loaded, sharded and moved with the optimizer's state.
+    the rule's share. The weights train exactly as without the wrapper, unless a rule
+    (`Lookahead`, `SwitchEMA`) writes its average into them; with several rules these are
+    averaged first, and the others average what training goes on with. The averages are
+    saved, loaded, sharded and moved with the optimizer's state.
 
     A parameter group with `average=False` is neither averaged nor swapped. Averages are
     made after the first step, beside the weights as they are then. While nothing has
@@ -127,13 +130,14 @@ class AveragingOptimizer(Optimizer):
             raise TypeError("`optimizer` must not be an AveragingOptimizer. Pass it all rules.")
         check_optimizer(optimizer)
         rules = checked_rules(rule)
+        kept = kept_by(rules)
         dtype, home = checked_dtype(dtype), checked_device(device)
         check_bool("skip_nonfinite", skip_nonfinite)
         parts = {
             "rules": rules,
             "_wrapped": optimizer,
             "_buffers": checked_buffers(buffers, optimizer),
-            "_averages": {name: Average(dtype, home) for name in rules},
+            "_averages": {key: Average(dtype, home) for keys in kept.values() for key in keys},
             "_gathered": {},
             "_skip_nonfinite": skip_nonfinite,
         }
@@ -146,6 +150,11 @@ class AveragingOptimizer(Optimizer):
     def optimizer(self) -> Optimizer:
         """The optimizer that is wrapped."""
         return self._wrapped
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The buffers that are averaged along."""
+        return self._buffers
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -163,6 +172,7 @@ class AveragingOptimizer(Optimizer):
             ValueError: a rule gives a weight outside [0, 1]; no step has been taken.
         """
         self._refuse_inside_swap("step")
+        self._begin()
         shares = self._shares_due()
         loss = self._wrapped.step(closure) if closure else self._wrapped.step()
         self._average_after_step(shares)
@@ -257,6 +267,8 @@ class AveragingOptimizer(Optimizer):
     @_uncompiled
     def update_averages(self, name: str | None = None) -> None:
         """Average the present weights now, whether or not a rule is due.
+
+        A rule that writes back does so here too.
 
         Args:
             name: which average; all if left out.
@@ -377,8 +389,8 @@ class AveragingOptimizer(Optimizer):
         name = self._one_name(name)
         check_integer("n_averaged", n_averaged, at_least=1)
         values = read_exported(model, state_dict, self._averaged_weights(), self._buffers)
-        average = self._averages[name]
-        average.load(average.homes(values), values)
+        for average in [self._averages[name], *self._snapshots(name)]:
+            average.load(average.homes(values), values)
         self._set_count(COUNT + name, int(n_averaged))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -406,11 +418,11 @@ class AveragingOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, averages and counters, in torch's format.
 
-        `state[i]["averaged_<name>"]` is the average of parameter i; every parameter
-        group holds `averaging_steps` and an `n_averaged_<name>` for each rule. Averaged
-        buffers are in `averaged_buffers[<name>]`, in the order they were given.
-        Tensors are referenced, not copied; averages that change places inside
-        `swap_to_averaged` are copied there.
+        `state[i]["averaged_<name>"]` is the average of parameter i, beside the snapshots
+        that `LAWA` takes; every parameter group holds `averaging_steps` and an
+        `n_averaged_<name>` for each rule. Averaged buffers are in
+        `averaged_buffers[<name>]`, in the order they were given. Tensors are referenced,
+        not copied; averages that change places inside `swap_to_averaged` are copied there.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -439,7 +451,8 @@ class AveragingOptimizer(Optimizer):
         state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        checkpoint = read_checkpoint(state_dict, self.param_groups, self._buffers, self.rules)
+        kept = kept_by(self.rules)
+        checkpoint = read_checkpoint(state_dict, self.param_groups, self._buffers, kept)
         homes = {
             name: self._averages[name].homes(averages)
             for name, averages in checkpoint.averages.items()
@@ -507,13 +520,27 @@ class AveragingOptimizer(Optimizer):
         self._set_count(key, self._count(key) + 1)
 
     @_uncompiled
+    def _begin(self) -> None:
+        """Average by the rules that begin with the weights before the first step."""
+        if self._count(STEPS) > 0 or self._is_rehearsal():
+            return
+        names = [name for name, rule in self.rules.items() if rule.is_due(0)]
+        shares = {name: 1.0 for name in names if self._count(COUNT + name) == 0}
+        if shares:
+            self._make_averages()
+            self._update(shares)
+
+    @_uncompiled
     def _shares_due(self) -> dict[str, float]:
         """Return the share for each rule that is due after the coming step."""
         step = self._count(STEPS) + 1
         return {name: self._share(name) for name, rule in self.rules.items() if rule.is_due(step)}
 
     def _share(self, name: str) -> float:
-        n_averaged = self._count(COUNT + name)
+        n_averaged, snapshots = self._count(COUNT + name), self.rules[name].snapshots
+        return self._share_after(name, min(n_averaged, snapshots) if snapshots else n_averaged)
+
+    def _share_after(self, name: str, n_averaged: int) -> float:
         if n_averaged == 0:
             return 1.0
         share = self.rules[name].weight(n_averaged)
@@ -547,11 +574,56 @@ class AveragingOptimizer(Optimizer):
         if self._skip_nonfinite and not self._stay_finite(tensors):
             self._add_one(SKIPPED)
             return
+        for names in self._in_turn(shares):
+            self._move(tensors, {name: shares[name] for name in names})
+
+    def _in_turn(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Part the rules into those that are averaged at once.
+
+        Those that write into the weights come first, for the others to average what
+        training goes on with.
+        """
+        others = []
+        for name in names:
+            if self.rules[name].writes_back(self._count(COUNT + name) + 1):
+                yield [name]
+            else:
+                others.append(name)
+        if others:
+            yield others
+
+    def _move(self, tensors: Sequence[Tensor], shares: Mapping[str, float]) -> None:
+        for name in shares:
+            self._forget(name, tensors)
         gathered = self._gathered.setdefault(tuple(shares), Gathered())
         kinds = gathered.kinds(tensors, [self._averages[name] for name in shares])
         move_toward(kinds, list(shares.values()))
         for name in shares:
+            self._remember(name, tensors)
             self._add_one(COUNT + name)
+            if self.rules[name].writes_back(self._count(COUNT + name)):
+                self._averages[name].write_back(tensors)
+
+    def _forget(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Let the average be of the snapshots alone, if it is of as many weights as may be."""
+        snapshots, n_averaged = self._snapshots(name), self._count(COUNT + name)
+        if not snapshots or n_averaged <= len(snapshots):
+            return
+        for i in range(len(snapshots)):
+            # Snapshot j lies at j % len, so that the oldest is the one to come next.
+            snapshot = snapshots[(n_averaged + i) % len(snapshots)]
+            self._averages[name].follow(snapshot, tensors, self._share_after(name, i))
+
+    def _remember(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Put the present weights in place of the oldest snapshot."""
+        if snapshots := self._snapshots(name):
+            snapshots[self._count(COUNT + name) % len(snapshots)].take(tensors)
+
+    def _snapshots(self, name: str) -> list[Average]:
+        """Return the snapshots of a rule, snapshot j at j modulo their number."""
+        if self.rules[name].snapshots == 0:
+            return []
+        return [self._averages[key] for key in kept_by(self.rules)[name][1:]]
 
     def _stay_finite(self, tensors: Sequence[Tensor]) -> bool:
         # All averages are of the same dtypes, so that the first speaks for the others.

@@ -28,12 +28,13 @@ def describe(rule: Rule, steps: int) -> Profile:
     The weights after the i-th update have the share wᵢ · (1 − wᵢ₊₁) · … · (1 − wₙ).
 
     Args:
-        rule: one that averages by itself, `every` not being None.
+        rule: one that averages by itself, `every` not being None, and writes nothing back
+            into the weights.
         steps: at least `start + every`, by which there is an average.
 
     Raises:
         TypeError: an argument is of the wrong type.
-        ValueError: there is no average by then.
+        ValueError: there is no average by then, or the weights are averages themselves.
 
     Example:
         >>> from averaging_optim import EMA, describe
@@ -45,6 +46,8 @@ def describe(rule: Rule, steps: int) -> Profile:
     if rule.every is None:
         raise ValueError(f"`rule` must average every so many steps, got {rule!r}.")
     check_integer("steps", steps, at_least=rule.start + rule.every)
+    if any(map(rule.writes_back, range(1, steps + 2))):
+        raise ValueError(f"`rule` must leave the weights as training has them, got {rule!r}.")
     by_age = _shares_by_age(rule, steps)
     half = 0.5 - 1e-9  # so that rounding does not decide about an even number of equal shares
     return Profile(
@@ -56,6 +59,8 @@ def describe(rule: Rule, steps: int) -> Profile:
 
 def _shares_by_age(rule: Rule, steps: int) -> list[float]:
     n = sum(map(rule.is_due, range(1, steps + 1)))
+    if rule.snapshots:
+        n = min(n, rule.snapshots + 1)
     shares, left = [], 1.0
     for step in range(steps, 0, -1):
         share = 0.0

@@ -57,10 +57,30 @@ class Rule(ABC):
         """
 
     def is_due(self, step: int) -> bool:
-        """Return whether to average after this optimizer step, the first being 1."""
+        """Return whether to average after this optimizer step, the first being 1.
+
+        A rule may be due at 0 too, to begin with the weights as they are before any step.
+        """
         if self.every is None or step <= self.start:
             return False
         return (step - self.start) % self.every == 0
+
+    def writes_back(self, n_averaged: int) -> bool:
+        """Return whether the weights take the values of the average after this update.
+
+        Args:
+            n_averaged: updates averaged so far, this one included, at least 1.
+        """
+        return False
+
+    @property
+    def snapshots(self) -> int:
+        """How many past weights to keep, to average over these and the present ones alone.
+
+        The average is then as `weight` makes it of the last 1 + snapshots weights; 0 for
+        all weights ever seen, of which none need be kept.
+        """
+        return 0
 
 
 @dataclass(frozen=True)
@@ -348,6 +368,136 @@ class HalfLifeFraction(Rule):
 
     def weight(self, n_averaged: int) -> float:
         return 1.0 - 2.0 ** (-1.0 / (self.fraction * (n_averaged + 1))) if n_averaged > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class LAWA(Rule):
+    """Latest weight averaging: the arithmetic mean of the last k weights.
+
+    wₙ = 1 / (n + 1) for the n-th of these k, the first being n = 0
+
+    It needs k tensors for each weight, where other averages need one: the mean, and the
+    k − 1 weights before the present ones. In a state dict these are
+    `averaged_<name>_1`, `averaged_<name>_2`, …
+
+    Args:
+        k: weights to average over, at least 1.
+        start, every: see `Rule`; the published method takes the weights once an epoch.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is too small.
+
+    Source: Kaddour: Stop Wasting My Time! Saving Days of ImageNet and BERT Training with
+    Latest Weight Averaging, 2022, arXiv 2209.14981.
+
+    Example:
+        >>> from averaging_optim import describe
+        >>> describe(LAWA(k=2, every=3), steps=9).shares
+        (0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.5)
+    """
+
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("k", self.k, at_least=1)
+
+    def weight(self, n_averaged: int) -> float:
+        return 1.0 / (n_averaged + 1)
+
+    @property
+    def snapshots(self) -> int:
+        return self.k - 1
+
+
+@dataclass(frozen=True)
+class Lookahead(Rule):
+    """Some steps forward, one step back: the weights go on from a point on the way.
+
+    wₙ = alpha,    w₀ = 1,    weights ← average after each update
+
+    The average begins with the weights before the first step (with `start`, after so many
+    steps); published as slow weights. The state of the wrapped optimizer stays as it is.
+
+    Args:
+        alpha: how far to go toward the weights, in [0, 1]. 1 leaves training as it is.
+        start, every: see `Rule`; `every` is published as k.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is outside its interval.
+
+    Source: Zhang, Lucas, Hinton, Ba: Lookahead Optimizer: k steps forward, 1 step back,
+    NeurIPS 2019, arXiv 1907.08610.
+
+    Example:
+        >>> rule = Lookahead(alpha=0.5, every=5)
+        >>> [step for step in range(12) if rule.is_due(step)]
+        [0, 5, 10]
+    """
+
+    alpha: float = 0.5
+    every: int | None = field(default=5, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_real("alpha", self.alpha, "[0, 1]")
+
+    def weight(self, n_averaged: int) -> float:
+        return self.alpha if n_averaged > 0 else 1.0
+
+    def is_due(self, step: int) -> bool:
+        return super().is_due(step) or (step == self.start and self.every is not None)
+
+    def writes_back(self, n_averaged: int) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class SwitchEMA(Rule):
+    """Exponential moving average that the weights go on from, every so many steps.
+
+    wₙ = 1 − decay,    w₀ = 1,    weights ← average after updates every, 2·every, …
+
+    The average begins with the weights before the first step (with `start`, after so many
+    steps), and is updated after each step.
+
+    Args:
+        decay: the share of the old average, in [0, 1].
+        every: steps from one switch to the next, at least 1; an epoch, as published.
+        start: see `Rule`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument is outside its interval.
+
+    Source: Li, Liu, Tian et al.: Switch EMA: A Free Lunch for Better Flatness and
+    Sharpness, 2024, arXiv 2402.09240.
+
+    Example:
+        >>> rule = SwitchEMA(decay=0.99, every=100)
+        >>> [step for step in range(250) if rule.writes_back(n_averaged=step + 1)]
+        [100, 200]
+    """
+
+    decay: float = 0.999
+    every: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_real("decay", self.decay, "[0, 1]")
+        check_integer("every", self.every, at_least=1)
+
+    def weight(self, n_averaged: int) -> float:
+        return 1.0 - self.decay if n_averaged > 0 else 1.0
+
+    def is_due(self, step: int) -> bool:
+        return step >= self.start
+
+    def writes_back(self, n_averaged: int) -> bool:
+        # The first update is the copy at `start`, which no step has led to.
+        return n_averaged > 1 and (n_averaged - 1) % self.every == 0
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from training import share
 
-from averaging_optim import Rule
+from averaging_optim import LAWA, Lookahead, Rule, SwitchEMA
+
+Present = Mapping[str, Tensor]
 
 
 @dataclass
@@ -48,9 +50,16 @@ def largest(tensor: Tensor) -> float:
     return float(tensor.detach().double().abs().max())
 
 
+WriteBack = Callable[[str], None]
+
+
 @dataclass
 class Ledger:
-    """Counters, and for each rule key → average. `present` is key → weight or buffer."""
+    """Counters, and for each rule key → average. `present` is key → weight or buffer.
+
+    windows: for each rule key → the last values, as many as the rule averages over.
+    write_back: name → None, gives what is present the values of this average.
+    """
 
     rules: Mapping[str, Rule]
     dtype: torch.dtype | None
@@ -59,42 +68,54 @@ class Ledger:
     skipped: int = 0
     counts: dict[str, int] = field(default_factory=dict)
     averages: dict[str, dict[str, Kept]] = field(default_factory=dict)
+    windows: dict[str, dict[str, list[Kept]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.counts = dict.fromkeys(self.rules, 0)
         self.averages = {name: {} for name in self.rules}
+        self.windows = {name: {} for name in self.rules}
 
     def counters(self) -> dict[str, int]:
         averaged = {f"n_averaged_{name}": count for name, count in self.counts.items()}
         return {"averaging_steps": self.steps, "n_skipped": self.skipped, **averaged}
 
-    def make(self, present: Mapping[str, Tensor]) -> None:
-        for averages in self.averages.values():
-            for key, tensor in present.items():
-                averages.setdefault(key, self.copy_of(tensor))
+    def make(self, present: Present) -> None:
+        for name, averages in self.averages.items():
+            for key in present.keys() - averages.keys():
+                averages[key] = self.copy_of(present[key])
+                self.windows[name][key] = [averages[key]] * self.counts[name]
 
-    def step(self, present: Mapping[str, Tensor], has_learning_rate: bool) -> None:
+    def begin(self, present: Present, has_learning_rate: bool) -> None:
+        """Before a step: let those rules begin that do so with the weights before the first."""
+        if self.steps == 0 and (has_learning_rate or any(self.counts.values())):
+            names = [name for name in filter(self.is_due, self.rules) if self.counts[name] == 0]
+            if names:
+                self.update(names, present, lambda name: None)  # a first average is the weights
+
+    def step(self, present: Present, has_learning_rate: bool, write_back: WriteBack) -> None:
         self.make(present)
         if has_learning_rate or any(self.counts.values()):
             self.steps += 1
-            self.update(filter(self.is_due, self.rules), present)
+            self.update(filter(self.is_due, self.rules), present, write_back)
 
-    def update(self, names: Iterable[str], present: Mapping[str, Tensor]) -> None:
+    def update(self, names: Iterable[str], present: Present, write_back: WriteBack) -> None:
         names = list(names)
         self.make(present)
         finite = all(tensor.isfinite().all() for tensor in present.values())
         if names and self.skips_nonfinite and not finite:
             self.skipped += 1
             return
-        for name in names:
-            n = self.counts[name]
-            weight = share(self.rules[name], n) if n > 0 else 1
+        for name in sorted(names, key=self.reads_only):
+            is_written = not self.reads_only(name)
             for key, tensor in present.items():
-                self.move(self.averages[name], key, tensor, weight)
+                self.move(name, key, tensor)
             self.counts[name] += 1
+            if is_written:
+                write_back(name)
 
-    def start(self, name: str, values: Mapping[str, Tensor], n_averaged: int) -> None:
+    def start(self, name: str, values: Present, n_averaged: int) -> None:
         self.averages[name] = {key: self.copy_of(value) for key, value in values.items()}
+        self.windows[name] = {key: [kept] * n_averaged for key, kept in self.averages[name].items()}
         self.counts[name] = n_averaged
 
     def load(self, saved: Ledger) -> None:
@@ -102,11 +123,22 @@ class Ledger:
         self.steps, self.skipped, self.counts = saved.steps, saved.skipped, saved.counts
         for name, averages in saved.averages.items():
             self.averages[name] = averages or self.averages[name]
+            self.windows[name] = saved.windows[name] or self.windows[name]
 
     def is_due(self, name: str) -> bool:
         rule = self.rules[name]
         since = self.steps - rule.start
-        return rule.every is not None and since > 0 and since % rule.every == 0
+        if isinstance(rule, SwitchEMA):
+            return since >= 0
+        begins = 0 if isinstance(rule, Lookahead) else 1
+        return rule.every is not None and since >= begins and since % rule.every == 0
+
+    def reads_only(self, name: str) -> bool:
+        """Return whether the next update of this average leaves the weights alone."""
+        rule, n = self.rules[name], self.counts[name]
+        if isinstance(rule, SwitchEMA):
+            return n == 0 or n % rule.every != 0
+        return not isinstance(rule, Lookahead)
 
     def copy_of(self, tensor: Tensor) -> Kept:
         dtype = tensor.dtype
@@ -114,6 +146,20 @@ class Ledger:
             dtype = self.dtype or (torch.float32 if dtype == torch.bfloat16 else dtype)
         return Kept.copy_of(tensor, dtype)
 
-    def move(self, averages: dict[str, Kept], key: str, present: Tensor, share: float) -> None:
-        is_copied = share == 1 or not present.is_floating_point()
-        averages[key] = self.copy_of(present) if is_copied else averages[key].moved(present, share)
+    def move(self, name: str, key: str, present: Tensor) -> None:
+        rule, averages = self.rules[name], self.averages[name]
+        if isinstance(rule, LAWA):
+            window = [*self.windows[name][key], self.copy_of(present)][-rule.k :]
+            self.windows[name][key] = window
+            averages[key] = mean(window) if present.is_floating_point() else window[-1]
+            return
+        weight = share(rule, self.counts[name]) if self.counts[name] > 0 else 1
+        is_copied = weight == 1 or not present.is_floating_point()
+        averages[key] = self.copy_of(present) if is_copied else averages[key].moved(present, weight)
+
+
+def mean(window: list[Kept]) -> Kept:
+    average = window[0]
+    for n, kept in enumerate(window[1:], 1):
+        average = average.moved(kept.value, 1 / (n + 1))
+    return average

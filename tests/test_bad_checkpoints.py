@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 from training import averages, averaging_sgd, everything, same, small_model, train
 
-from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
+from averaging_optim import EMA, LAWA, SWA, T_ADEMA, AveragingOptimizer, Rule
 
 Run = tuple[nn.Sequential, AveragingOptimizer]
 Start = Callable[[], Run]
@@ -69,6 +69,13 @@ def with_a_frozen_layer() -> Run:
     return model, averaging_sgd(model, EMA(0.9), dtype=torch.float64)
 
 
+def with_snapshots() -> Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    rules: dict[str, Rule] = {"last": LAWA(k=3), "ema": EMA(0.9)}
+    return model, averaging_sgd(model, rules, buffers=model.buffers())
+
+
 RUNS: list[Start] = [
     with_momentum,
     with_entries_of_averages_alone,
@@ -76,6 +83,7 @@ RUNS: list[Start] = [
     with_groups_of_one_shape,
     of_bfloat16_weights,
     with_a_frozen_layer,
+    with_snapshots,
 ]
 
 
@@ -204,13 +212,16 @@ def assert_loaded(
     former_model, former = to_load_into(start)
     assert trace(model.state_dict()) == trace(former_model.state_dict())
     sources = list(sources_in(saved, optimizer, former))
+    entries = [entry for entry, _, _ in sources]
+    kept = {name: names_kept(name, rule) for name, rule in optimizer.rules.items()}
     found = {
-        name: not sources or any(f"averaged_{name}" in entry for entry, _, _ in sources)
-        for name in optimizer.rules
+        name: not entries or any(f"averaged_{key}" in entry for entry in entries for key in keys)
+        for name, keys in kept.items()
     }
-    assert_all_known(saved, [entry for entry, _, _ in sources], optimizer)
+    assert_all_known(saved, entries, optimizer)
     for name, is_there in found.items():
-        assert_averages_loaded(f"averaged_{name}", sources, is_there, optimizer, former)
+        for key in kept[name]:
+            assert_averages_loaded(f"averaged_{key}", sources, is_there, optimizer, former)
 
     first = saved["param_groups"][0]
     missing = [
@@ -226,6 +237,12 @@ def assert_loaded(
     bare = former.optimizer
     bare.load_state_dict(without_averages(saved))
     assert trace(held_by(optimizer.optimizer)) == trace(held_by(bare))
+
+
+def names_kept(name: str, rule: Rule) -> list[str]:
+    """Return the names of an average and of the snapshots it takes."""
+    snapshots = rule.k - 1 if isinstance(rule, LAWA) else 0
+    return [name, *(f"{name}_{i + 1}" for i in range(snapshots))]
 
 
 def sources_in(
@@ -247,10 +264,11 @@ def assert_all_known(
     entries = [entry for entry in saved["state"].values() if isinstance(entry, dict)]
     averaged = [id(entry) for entry in entries if keys_in([entry], "averaged_")]
     assert set(averaged) <= set(map(id, sources))
-    assert keys_in(entries, "averaged_") <= {f"averaged_{name}" for name in optimizer.rules}
+    names = {key for name, rule in optimizer.rules.items() for key in names_kept(name, rule)}
+    assert keys_in(entries, "averaged_") <= {f"averaged_{name}" for name in names}
     counted = keys_in(saved["param_groups"], "n_averaged_")
     assert counted <= {f"n_averaged_{name}" for name in optimizer.rules}
-    assert saved.get("averaged_buffers", {}).keys() <= optimizer.rules.keys()
+    assert saved.get("averaged_buffers", {}).keys() <= names
 
 
 def keys_in(parts: list[dict[str, Any]], prefix: str) -> set[str]:
@@ -289,13 +307,16 @@ def buffers_not_in(
     model: nn.Sequential,
 ) -> Iterator[str]:
     """Compare averaged buffers with the saved ones, else with the model's, and yield the latter."""
-    for name, averages_of_buffers in optimizer.state_dict().get("averaged_buffers", {}).items():
-        if found[name]:
-            kept = saved.get("averaged_buffers", {}).get(name, list(model.buffers()))
-            for average, value in zip(averages_of_buffers, kept, strict=True):
+    loaded, given = (each.get("averaged_buffers", {}) for each in (optimizer.state_dict(), saved))
+    for name in [name for name in optimizer.rules if name in loaded and found[name]]:
+        keys = names_kept(name, optimizer.rules[name])
+        is_there = any(key in given for key in keys)
+        for key in keys:
+            expected = given[key] if is_there else list(model.buffers())
+            for average, value in zip(loaded[key], expected, strict=True):
                 assert_holds(average, value)
-            if name not in saved.get("averaged_buffers", {}):
-                yield f"the buffers of {name!r}"
+        if not is_there:
+            yield f"the buffers of {name!r}"
 
 
 def assert_counters_loaded(

@@ -29,7 +29,16 @@ from training import (
     values,
 )
 
-from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
+from averaging_optim import (
+    EMA,
+    LAWA,
+    SWA,
+    T_ADEMA,
+    AveragingOptimizer,
+    Lookahead,
+    Rule,
+    SwitchEMA,
+)
 
 TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(start=2, every=3)}
 
@@ -70,6 +79,22 @@ def with_a_group_left_out() -> Run:
     return model, AveragingOptimizer(SGD(groups, lr=0.1), EMA(0.9))
 
 
+def with_snapshots() -> Run:
+    model = model_with_batch_norm()
+    rules: dict[str, Rule] = {"last": LAWA(k=3), "epochs": LAWA(k=2, start=1, every=2)}
+    return model, averaging_sgd(model, rules, buffers=model.buffers())
+
+
+def with_weights_that_look_ahead() -> Run:
+    model = small_model(torch.bfloat16)
+    return model, averaging_sgd(model, {"ahead": Lookahead(every=3), "ema": EMA(0.9)})
+
+
+def with_weights_that_switch() -> Run:
+    model = model_with_batch_norm()
+    return model, averaging_sgd(model, SwitchEMA(0.9, every=3), buffers=model.buffers())
+
+
 RUNS = [
     plain,
     with_several_rules_over_adam,
@@ -77,22 +102,28 @@ RUNS = [
     of_bfloat16_weights,
     with_averages_in_double,
     with_a_group_left_out,
+    with_snapshots,
+    with_weights_that_look_ahead,
+    with_weights_that_switch,
 ]
 
 
+@pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("start", RUNS)
-def test_resuming_equals_never_stopping(start: Callable[[], Run], tmp_path: Path) -> None:
+def test_resuming_equals_never_stopping(
+    start: Callable[[], Run], steps: int, tmp_path: Path
+) -> None:
     model, optimizer = start()
-    train(model, optimizer, 5)
+    train(model, optimizer, steps)
     path = tmp_path / "checkpoint.pt"
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    train(model, optimizer, 5, first=5)
+    train(model, optimizer, 5, first=steps)
 
     resumed_model, resumed = start()
     checkpoint = torch.load(path, weights_only=True)
     resumed_model.load_state_dict(checkpoint["model"])
     resumed.load_state_dict(checkpoint["optimizer"])
-    train(resumed_model, resumed, 5, first=5)
+    train(resumed_model, resumed, 5, first=steps)
     assert same(everything(resumed_model, resumed), everything(model, optimizer))
     groups = optimizer.state_dict()["param_groups"]
     assert resumed.state_dict()["param_groups"] == groups

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from training import frozen, same
 
-from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
+from averaging_optim import (
+    EMA,
+    LAWA,
+    SWA,
+    T_ADEMA,
+    AveragingOptimizer,
+    Lookahead,
+    Rule,
+    SwitchEMA,
+)
 
 Group = dict[str, Any]
 
@@ -52,12 +61,15 @@ RULES = st.one_of(
     st.builds(EMA, st.floats(0, 1), every=EVERY),
     st.builds(SWA, start=st.integers(0, 4), every=EVERY),
     st.builds(T_ADEMA, st.floats(0, 1), st.floats(0.1, 100), every=EVERY),
+    st.builds(LAWA, st.integers(2, 4), every=EVERY),
+    st.builds(Lookahead, st.floats(0, 1), start=st.integers(0, 2), every=EVERY),
+    st.builds(SwitchEMA, st.floats(0, 1), start=st.integers(0, 2), every=st.integers(1, 3)),
 )
 OPTIMIZERS: dict[str, Callable[[list[Group]], Optimizer]] = {
     "sgd": lambda groups: SGD(groups, lr=0.1, momentum=0.9),
     "adam": lambda groups: Adam(groups, lr=0.1, amsgrad=True),
 }
-SEEDS = st.integers(0, 2**32 - 1)
+SEEDS = st.integers(0, 2**31)
 CHOICES = st.integers(0, 3)
 
 
@@ -116,22 +128,30 @@ class Life(RuleBasedStateMachine):
             skip_nonfinite=self.ledger.skips_nonfinite,
         )
 
-    @rule(seed=SEEDS, without=st.sets(st.integers(0, 7)))
+    @rule(seed=SEEDS, without=st.sets(st.integers(0, 7)), times=st.integers(1, 6))
+    def trains(self, seed: int, without: set[int], times: int) -> None:
+        for time in range(times):
+            self.steps(seed + time, without)
+
     def steps(self, seed: int, without: set[int]) -> None:
         if not self.swapped_to:
             self.sees_a_batch(seed)
             give_gradients(self.model.weights, seed, without)
             give_gradients(self.twins, seed, without)
+        present = self.present()
         if self.is_allowed("step", self.optimizer.step):
-            self.bare.step()
             has_learning_rate = any(group["lr"] for group in self.bare.param_groups)
-            self.ledger.step(self.averaged(), has_learning_rate)
+            self.ledger.begin(present, has_learning_rate)
+            self.bare.step()
+            self.ledger.step(present, has_learning_rate, self.writing_to(present))
 
     @rule(choice=CHOICES, all_of_them=st.booleans())
     def averages_now(self, choice: int, all_of_them: bool) -> None:
         name = None if all_of_them else self.name(choice)
+        present = self.present()
         if self.is_allowed("update_averages", lambda: self.optimizer.update_averages(name)):
-            self.ledger.update(self.ledger.rules if name is None else [name], self.averaged())
+            names = self.ledger.rules if name is None else [name]
+            self.ledger.update(names, present, self.writing_to(present))
 
     @rule(choice=CHOICES)
     def enters_a_swap(self, choice: int) -> None:
@@ -341,6 +361,18 @@ class Life(RuleBasedStateMachine):
         flags = [group["average"] for group in self.groups for _ in group["params"]]
         weights = {f"weights.{i}": w for i, w in enumerate(self.model.weights) if flags[i]}
         return {**weights, **(dict(self.model.named_buffers()) if self.with_buffers else {})}
+
+    def present(self) -> dict[str, Tensor]:
+        """Return what `averaged` does, of the bare optimizer's weights and copied buffers."""
+        twins = {f"weights.{i}": twin for i, twin in enumerate(self.twins)}
+        return {key: twins.get(key, tensor.clone()) for key, tensor in self.averaged().items()}
+
+    def writing_to(self, present: dict[str, Tensor]) -> Callable[[str], None]:
+        def write_back(name: str) -> None:
+            for key, average in self.kept(name).items():
+                present[key].data.copy_(average)
+
+        return write_back
 
     def kept(self, name: str) -> dict[str, Tensor]:
         """Return key → average, out of the state dict."""

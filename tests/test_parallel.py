@@ -46,14 +46,19 @@ from training import (
     values,
 )
 
-from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
+from averaging_optim import EMA, LAWA, SWA, T_ADEMA, AveragingOptimizer, Lookahead, Rule
 
 WHOLE = StateDictOptions(full_state_dict=True)
 # Through gloo, torch 2.6 fails to gather the weights, 2.7 and 2.8 sum the gradients.
 trains_with_fsdp = pytest.mark.skipif(
     torch.__version__ < "2.9", reason="FSDP2 averages gradients on CPUs from torch 2.9 on"
 )
-RULES: dict[str, Rule] = {"ema": EMA(0.5), "swa": SWA(start=2), "t_adema": T_ADEMA(0.9, 5)}
+RULES: dict[str, Rule] = {
+    "ema": EMA(0.5),
+    "swa": SWA(start=2),
+    "t_adema": T_ADEMA(0.9, 5),
+    "lawa": LAWA(k=3),
+}
 
 
 class Life(TypedDict):
@@ -162,7 +167,7 @@ def sharded_model() -> nn.Module:
 def assert_same_life(life: Life, expected: Life) -> None:
     for step, expected_step in zip(life["snapshots"], expected["snapshots"], strict=True):
         assert same(step, expected_step)
-    for name in RULES:
+    for name in expected["averages"]:
         assert same(life["averages"][name], expected["averages"][name])
         assert same(life["inside"][name], expected["averages"][name])
     assert same(life["losses"].values(), expected["losses"].values())
@@ -217,11 +222,16 @@ def averaging_adam_with_frozen_weights(model: nn.Module) -> AveragingOptimizer:
     return averaging_adam(model)
 
 
+def averaging_looking_ahead(model: nn.Module) -> AveragingOptimizer:
+    return AveragingOptimizer(Adam(model.parameters(), lr=0.01), {**RULES, "ahead": Lookahead()})
+
+
 BUILDS = {
     "adam": averaging_adam,
     "sgd": averaging_plain_sgd,
     "momentum": averaging_momentum_sgd,
     "frozen": averaging_adam_with_frozen_weights,
+    "ahead": averaging_looking_ahead,
 }
 OPTIONS = {
     "nested": StateDictOptions(),

@@ -11,9 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD
-from training import EVERY_RULE
+from training import READING_RULES
 
-from averaging_optim import EMA, SWA, AveragingOptimizer, Rule, describe
+from averaging_optim import (
+    EMA,
+    LAWA,
+    SWA,
+    AveragingOptimizer,
+    Lookahead,
+    Rule,
+    SwitchEMA,
+    describe,
+)
 
 
 def kept_of_each_step(rule: Rule, steps: int) -> list[float]:
@@ -28,23 +37,27 @@ def kept_of_each_step(rule: Rule, steps: int) -> list[float]:
     return kept
 
 
-@given(rule=EVERY_RULE, steps=st.integers(1, 30))
+@given(rule=READING_RULES, steps=st.integers(1, 30))
 def test_the_shares_are_those_that_the_optimizer_averages_with(rule: Rule, steps: int) -> None:
     # Up to thirty updates in float64.
     expected = pytest.approx(kept_of_each_step(rule, steps), abs=1e-13)
     assert list(describe(rule, steps).shares) == expected
 
 
-@pytest.mark.parametrize("rule", [SWA(start=3, every=4), EMA(0.7, start=2, every=3)], ids=repr)
+@pytest.mark.parametrize(
+    "rule",
+    [SWA(start=3, every=4), EMA(0.7, start=2, every=3), LAWA(k=3, start=1, every=4)],
+    ids=repr,
+)
 def test_steps_that_are_not_averaged_have_no_share(rule: Rule) -> None:
     shares = describe(rule, 20).shares
     assert list(shares) == pytest.approx(kept_of_each_step(rule, 20), abs=1e-14)
-    assert [step for step, share in enumerate(shares, 1) if share] == list(
-        filter(rule.is_due, range(1, 21))
-    )
+    due = list(filter(rule.is_due, range(1, 21)))
+    due = due[-rule.k :] if isinstance(rule, LAWA) else due
+    assert [step for step, share in enumerate(shares, 1) if share] == due
 
 
-@given(rule=EVERY_RULE, steps=st.integers(1, 200))
+@given(rule=READING_RULES, steps=st.integers(1, 200))
 def test_shares_sum_to_1_and_half_of_them_lie_in_the_half_life(rule: Rule, steps: int) -> None:
     profile = describe(rule, steps)
     assert math.fsum(profile.shares) == pytest.approx(1, abs=1e-12)
@@ -72,6 +85,8 @@ def test_window_and_half_life_are_their_closed_forms() -> None:
         (0.9, 10, TypeError, r"`rule` must be a Rule, got 0\.9\."),
         (EMA(every=None), 10, ValueError, r"`rule` must average every so many steps, got EMA\("),
         (EMA(start=5, every=3), 7, ValueError, r"`steps` must be at least 8, got 7\."),
+        (Lookahead(), 10, ValueError, r"`rule` must leave the weights as training has them, got "),
+        (SwitchEMA(every=9), 9, ValueError, r"`rule` must leave the weights as training has them"),
         (EMA(), 1.5, TypeError, r"`steps` must be an integer, got 1\.5\."),
     ],
 )

@@ -15,15 +15,18 @@ from torch.optim import SGD, Optimizer
 
 from averaging_optim import (
     EMA,
+    LAWA,
     SWA,
     T_ADEMA,
     AveragingOptimizer,
     Formula,
     HalfLifeFraction,
+    Lookahead,
     PolynomialAverage,
     PowerEMA,
     PowerRamp,
     Rule,
+    SwitchEMA,
     TFRamp,
 )
 
@@ -100,6 +103,7 @@ def recurrence(rule: Rule, snapshots: list[list[Tensor]]) -> list[Tensor]:
     """
     assert rule.every is not None
     due = snapshots[rule.start + rule.every - 1 :: rule.every]
+    due = due[-rule.k :] if isinstance(rule, LAWA) else due
     average = due[0]
     for n, weights in enumerate(due[1:], 1):
         average = [a.lerp(w, share(rule, n)) for a, w in zip(average, weights, strict=True)]
@@ -112,12 +116,16 @@ def share(rule: Rule, n: int) -> float:
         return 1 - rule.decay
     if isinstance(rule, T_ADEMA):
         return 1 - rule.alpha * math.tanh(n / rule.timescale)
-    assert isinstance(rule, SWA)
+    if isinstance(rule, Lookahead):
+        return rule.alpha
+    if isinstance(rule, SwitchEMA):
+        return 1 - rule.decay
+    assert isinstance(rule, SWA | LAWA)
     return 1 / (n + 1)
 
 
 UNIT = st.floats(0, 1)
-EVERY_RULE: st.SearchStrategy[Rule] = st.one_of(
+READING_RULES: st.SearchStrategy[Rule] = st.one_of(
     st.builds(EMA, UNIT),
     st.builds(EMA, UNIT, debias=st.booleans(), warmup=st.sampled_from([SWA(), TFRamp()])),
     st.builds(EMA, UNIT, warmup=st.builds(PowerRamp, st.floats(0.01, 1e4), st.floats(0.01, 1))),
@@ -128,8 +136,13 @@ EVERY_RULE: st.SearchStrategy[Rule] = st.one_of(
     st.builds(HalfLifeFraction, st.floats(1e-3, 1)),
     st.builds(PowerRamp, st.floats(0.01, 1e4), st.floats(0.01, 1)),
     st.just(TFRamp()),
+    st.builds(LAWA, st.integers(2, 6)),
     st.builds(Formula, st.sampled_from([lambda n: 1 / n, lambda n: 0.5])),
 )
+WRITING_RULES: st.SearchStrategy[Rule] = st.one_of(
+    st.builds(Lookahead, UNIT), st.builds(SwitchEMA, UNIT, every=st.integers(1, 5))
+)
+EVERY_RULE = st.one_of(READING_RULES, WRITING_RULES)
 
 
 def as_it_is(optimizer: Optimizer) -> Optimizer:

@@ -1,0 +1,225 @@
+"""Averages of any width after training, from the checkpoints of a run that kept two of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from averaging_optim._checkpoint import COUNT, Checkpoint, kept_by, read_checkpoint
+from averaging_optim._optimizer import AveragingOptimizer
+from averaging_optim._rules import PowerEMA
+from averaging_optim._tensors import kind_of
+
+AnyCheckpoint = Mapping[str, Any] | str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The average that is wanted, as a sum of those that were saved.
+
+    Attributes:
+        coefficients: name of a rule → the factor of its average in each checkpoint. They
+            sum to 1, all of them together.
+        residual: √(∑(s − w)² / ∑w²) over the steps of the run, s being the share of a step
+            in the sum and w the one wanted. 0 is exact.
+    """
+
+    coefficients: dict[str, tuple[float, ...]]
+    residual: float
+
+
+def reconstruct(
+    checkpoints: Sequence[AnyCheckpoint],
+    model: nn.Module,
+    sigma_rel: float,
+    optimizer: AveragingOptimizer,
+) -> dict[str, Any]:
+    """Return the model's state dict under an average of another width than those kept.
+
+    The run has kept two or more `PowerEMA`, and saved its optimizer now and then. The sum
+    of these averages with the factors of `fit` is close to what
+    `PowerEMA.from_width(sigma_rel)` would be at the last of the checkpoints. Sums are
+    formed in float64, which takes 8 bytes for each weight, on the CPU.
+
+    Args:
+        checkpoints: of one run, the earlier first: state dicts of the optimizer, mappings
+            that hold one under "optimizer", or paths of files of either. Files are read
+            one at a time, with `weights_only=True`.
+        model: has the parameters of `optimizer`. What is not averaged is taken from it.
+        sigma_rel: the width wanted, in (0, 0.2886].
+        optimizer: made as the one of the run was, over the parameters of `model`. It is
+            asked for its rules, groups and buffers, and left as it is.
+
+    Returns:
+        the entries of `model.state_dict()`, in its dtypes and on its devices, as
+        independent tensors.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: an argument has a wrong value, or a checkpoint does not fit the
+            optimizer, has no averages yet, or is not later than the one before it.
+
+    Source: Karras, Aittala, Lehtinen, Hellsten, Aila, Laine: Analyzing and Improving the
+    Training Dynamics of Diffusion Models (EDM2), CVPR 2024, arXiv 2312.02696.
+
+    Example:
+        >>> import copy, torch
+        >>> from averaging_optim import AveragingOptimizer, PowerEMA, describe
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> widths = {"narrow": PowerEMA.from_width(0.05), "wide": PowerEMA.from_width(0.1)}
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> optimizer = AveragingOptimizer(sgd, widths)
+        >>> checkpoints = []
+        >>> for step in range(1, 161):  # the weight is 1, 2, 3, ...
+        ...     model.weight.grad = torch.full((1, 1), -1.0)
+        ...     optimizer.step()
+        ...     if step % 10 == 0:
+        ...         checkpoints.append(copy.deepcopy(optimizer.state_dict()))
+        >>> wanted = 160 - describe(PowerEMA.from_width(0.15), steps=160).window
+        >>> found = reconstruct(checkpoints, model, 0.15, optimizer)["weight"].item()
+        >>> round(wanted, 1), round(found, 1)
+        (131.7, 131.7)
+    """
+    coefficients = fit(checkpoints, sigma_rel, optimizer).coefficients
+    # What is averaged is replaced below; an optimizer without averages gives the model's own.
+    exported = optimizer.averaged_state_dict(model, next(iter(coefficients)))
+    sums: dict[Tensor, Tensor] = {}
+    for i, checkpoint in enumerate(_read(checkpoints, optimizer)):
+        for name, factors in coefficients.items():
+            for source, average in checkpoint.averages[name].items():
+                sums[source] = _plus(sums.get(source), average, factors[i])
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor in sums:
+            exported[key] = sums[tensor].to(tensor)
+    return exported
+
+
+def fit(
+    checkpoints: Sequence[AnyCheckpoint], sigma_rel: float, optimizer: AveragingOptimizer
+) -> Fit:
+    """Return how `reconstruct` forms an average of this width, and how good it can be.
+
+    The shares of steps in a `PowerEMA` over T updates are in proportion to p(t) = (γ + 1) ·
+    t^γ / T^(γ + 1), t ≤ T. The coefficients x of those that were saved minimise
+    ∫(∑ xᵢ pᵢ − p)² dt: they solve ∑ⱼ ⟨pᵢ, pⱼ⟩ xⱼ = ⟨pᵢ, p⟩, and are scaled to sum to 1.
+
+    Args:
+        checkpoints, sigma_rel, optimizer: see `reconstruct`. Files are not read but mapped,
+            for little more than the counts is looked at.
+
+    Raises:
+        TypeError, ValueError: see `reconstruct`.
+    """
+    rules = _power_emas(optimizer)
+    counts = list(_counts(checkpoints, optimizer, list(rules)))
+    saved = [_Power(n, rules[name].gamma) for each in counts for name, n in each.items()]
+    wanted = _Power(max(counts[-1].values()), PowerEMA.from_width(sigma_rel).gamma)
+
+    products = torch.tensor([[a @ b for b in saved] for a in saved], dtype=torch.float64)
+    toward = torch.tensor([each @ wanted for each in saved], dtype=torch.float64)
+    x = torch.linalg.solve(products, toward)
+    x = x / x.sum()
+    squared = x @ products @ x - 2 * x @ toward + wanted @ wanted
+    columns = x.view(len(counts), len(rules)).T.tolist()
+    return Fit(
+        coefficients=dict(zip(rules, map(tuple, columns), strict=True)),
+        # Rounding may leave a little less than nothing of a fit that is exact.
+        residual=max(squared.item() / (wanted @ wanted), 0.0) ** 0.5,
+    )
+
+
+@dataclass(frozen=True)
+class _Power:
+    """p(t) = (gamma + 1) · t^gamma / end^(gamma + 1), t in [0, end]."""
+
+    end: float
+    gamma: float
+
+    def __matmul__(self, other: _Power) -> float:
+        """∫ p(t) q(t) dt, up to the earlier end."""
+        early, late = sorted((self, other), key=lambda power: power.end)
+        scale = (early.gamma + 1) * (late.gamma + 1) / (early.gamma + late.gamma + 1)
+        return scale * math.pow(early.end / late.end, late.gamma) / late.end
+
+
+def _power_emas(optimizer: AveragingOptimizer) -> dict[str, PowerEMA]:
+    if not isinstance(optimizer, AveragingOptimizer):
+        raise TypeError(f"`optimizer` must be an AveragingOptimizer, got {optimizer!r}.")
+    rules = {name: each for name, each in optimizer.rules.items() if isinstance(each, PowerEMA)}
+    if len({rule.gamma for rule in rules.values()}) < max(2, len(rules)):
+        raise ValueError(
+            "`optimizer` must keep two or more averages by `PowerEMA`, each of another width, "
+            f"got {dict(optimizer.rules)}."
+        )
+    # Time is counted in updates from `start`, which must be the same time for all of them.
+    if len({(rule.start, rule.every) for rule in rules.values()}) > 1:
+        raise ValueError(
+            "`optimizer` must have the same `start` and `every` in each PowerEMA, got "
+            f"{list(rules.values())}."
+        )
+    return rules
+
+
+def _counts(
+    checkpoints: Sequence[AnyCheckpoint], optimizer: AveragingOptimizer, names: Sequence[str]
+) -> Iterator[dict[str, int]]:
+    """Yield name → updates averaged, for each checkpoint."""
+    before = dict.fromkeys(names, 0)
+    for i, checkpoint in enumerate(_read(checkpoints, optimizer)):
+        counts = {name: checkpoint.counters[COUNT + name] for name in names}
+        for name, count in counts.items():
+            if count == 0:
+                raise ValueError(f"`checkpoints[{i}]` must hold an average {name!r}, has none yet.")
+            if count <= before[name]:
+                raise ValueError(
+                    f"`checkpoints[{i}]` must be later than the one before it, got {count} updates "
+                    f"of {name!r} after {before[name]}."
+                )
+        yield counts
+        before = counts
+
+
+def _read(
+    checkpoints: Sequence[AnyCheckpoint], optimizer: AveragingOptimizer
+) -> Iterator[Checkpoint]:
+    """Yield what each checkpoint holds for this optimizer, one at a time."""
+    if isinstance(checkpoints, str) or not isinstance(checkpoints, Sequence):
+        raise TypeError(
+            f"`checkpoints` must be a sequence of state dicts or paths, got {checkpoints!r}."
+        )
+    if len(checkpoints) == 0:
+        raise ValueError("`checkpoints` must hold at least one, got none.")
+    kept = kept_by(optimizer.rules)
+    for i, each in enumerate(checkpoints):
+        state_dict = _state_dict(each)
+        try:
+            checkpoint = read_checkpoint(
+                state_dict, optimizer.param_groups, optimizer.buffers, kept
+            )
+        except ValueError as error:
+            raise ValueError(f"`checkpoints[{i}]` must fit `optimizer`: {error}") from error
+        yield checkpoint
+
+
+def _state_dict(checkpoint: AnyCheckpoint) -> Any:
+    if isinstance(checkpoint, str | os.PathLike):
+        # Mapped, so that only what is looked at is read.
+        checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    inner = checkpoint.get("optimizer") if isinstance(checkpoint, Mapping) else None
+    return checkpoint if inner is None else inner
+
+
+def _plus(sum_: Tensor | None, average: Tensor, factor: float) -> Tensor:
+    """Return sum + factor · average in double precision; the latest average of integers."""
+    if kind_of(average) == "integer":
+        return average.clone()
+    double = torch.complex128 if average.is_complex() else torch.float64
+    average = average.to("cpu", double)
+    return factor * average if sum_ is None else sum_.add_(average, alpha=factor)
