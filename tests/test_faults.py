@@ -39,6 +39,14 @@ def weights_are_exchanged_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tensors, "SCRATCH_BYTES", 16)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts() -> Iterator[None]:
+    """Shells start what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class At(TorchDispatchMode):
     """Do something before or after one of the calls that copy, allocate or compute."""
 
