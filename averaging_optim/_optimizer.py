@@ -109,6 +109,7 @@ class AveragingOptimizer(Optimizer):
         ...     prediction = model(torch.ones(1))
     """
 
+    #: Name → rule.
     rules: Mapping[str, Rule]
     _wrapped: Optimizer
     _buffers: tuple[Tensor, ...]
@@ -232,6 +233,8 @@ class AveragingOptimizer(Optimizer):
 
     def evaluate_averages(self, evaluate: Callable[[], _Result]) -> dict[str, _Result]:
         """Return what `evaluate` returns of the weights as they are, and under each average.
+
+        An average that has no updates yet, as before its `start`, is the weights.
 
         Args:
             evaluate: called once for each; under the average as in `swap_to_averaged`.

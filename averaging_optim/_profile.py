@@ -12,9 +12,11 @@ from averaging_optim._rules import Rule, check_integer
 class Profile:
     """The average of a rule after some steps.
 
-    shares: of the weights after each step, the first step first; they sum to 1.
-    window: how many steps back these weights are in the mean, 0 for the present ones.
-    half_life: the least number of steps back in which half of the average lies.
+    Attributes:
+        shares: of the weights after each step, the first step first; they sum to 1. The
+            first of them shows how much an EMA still holds of the weights it began with.
+        window: how many steps back these weights are in the mean, 0 for the present ones.
+        half_life: the least number of steps back in which half of the average lies.
     """
 
     shares: tuple[float, ...]

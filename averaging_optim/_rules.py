@@ -141,14 +141,22 @@ class EMA(Rule):
         return (1.0 - self.decay) / (1.0 - self.decay**n) if self.decay < 1 else 1.0 / n
 
     @classmethod
-    def from_half_life(cls, steps: float, every: int = 1, *, start: int = 0) -> EMA:
+    def from_half_life(
+        cls,
+        steps: float,
+        every: int = 1,
+        *,
+        start: int = 0,
+        debias: bool = False,
+        warmup: Rule | None = None,
+    ) -> EMA:
         """Return the EMA in which weights count half as much as those `steps` steps later.
 
         decay = 2^(−every / steps)
 
         Args:
             steps: optimizer steps, not updates, in (0, ∞).
-            every, start: see `Rule`.
+            every, start, debias, warmup: see `EMA`.
 
         Source: Composer's `half_life`.
 
@@ -158,7 +166,8 @@ class EMA(Rule):
         """
         check_real("steps", steps, "(0, ∞)")
         check_integer("every", every, at_least=1)
-        return cls(2.0 ** (-every / steps), start=start, every=every)
+        decay = 2.0 ** (-every / steps)
+        return cls(decay, start=start, every=every, debias=debias, warmup=warmup)
 
     def scaled(self, batch_factor: float) -> EMA:
         """Return the EMA that sees as many samples when a batch has so many times more.

@@ -106,9 +106,9 @@ def test_a_warmup_is_followed_while_its_share_is_the_larger_one(decay: float, n:
 
 @given(steps=st.floats(1, 1e6), every=st.integers(1, 1000))
 def test_weights_count_half_as_much_after_a_half_life_of_steps(steps: float, every: int) -> None:
-    rule = EMA.from_half_life(steps, every, start=7)
+    rule = EMA.from_half_life(steps, every, start=7, debias=True, warmup=SWA())
     assert rule.decay ** (steps / every) == pytest.approx(0.5)
-    assert (rule.every, rule.start) == (every, 7)
+    assert rule == EMA(rule.decay, every=every, start=7, debias=True, warmup=SWA())
 
 
 @given(decay=UNIT, factor=st.floats(0.01, 100))
