@@ -2,10 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyproject.toml)
 
-# Thousands of cases and a million updates, which tracing slows and which cover nothing more.
+# Thousands of cases, a million updates and whole runs, which tracing slows and which cover nothing
+# more.
 UNTRACED := tests/test_optim_db.py tests/test_life.py tests/test_long_life.py
+UNTRACED += tests/test_notebooks.py
 
-.PHONY: bench demo test soak test-oldest test-newest clean
+.PHONY: bench demo docs notebooks test soak test-oldest test-newest clean
 
 demo: .venv/ready
 	$(BIN)/python examples/digits.py --picture examples/digits.png
@@ -13,9 +15,17 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy averaging_optim tests examples benchmarks
+	$(BIN)/mypy averaging_optim tests examples notebooks benchmarks docs/conf.py
 	$(BIN)/pytest --cov $(UNTRACED:%=--ignore %)
 	$(BIN)/pytest $(UNTRACED)
+
+# The site, in docs/_build/html.
+docs: .venv/ready
+	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
+
+# Every number and picture of the notebooks anew.
+notebooks: .venv/ready
+	$(BIN)/python notebooks/execute.py
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/cpu.py --largest 1e9
@@ -35,21 +45,21 @@ test-newest: .venv-newest/ready
 # timm needs torchvision, but the one file of it that averages does not.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,test]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,docs,notebooks,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
 .venv-oldest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --editable '.[demo,test]' torch==$(OLDEST)
+	.venv-oldest/bin/pip install --quiet --editable '.[demo,notebooks,test]' torch==$(OLDEST)
 	.venv-oldest/bin/pip install --quiet --no-deps timm
 	touch $@
 
 .venv-newest/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[demo,test]'
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable '.[demo,notebooks,test]'
 	.venv-newest/bin/pip install --quiet --no-deps timm
 	touch $@
 
 clean:
-	rm -rf .venv* .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv* .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build

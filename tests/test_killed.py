@@ -23,7 +23,7 @@ from training import same
 AIMS = ["step", "writing", "replacing", "writing"] * 5
 RUNS: dict[str, tuple[Wrapped, str]] = {
     "adam": (Adam, "examples/digits.py"),
-    "sgd": (SGD, "README.md"),
+    "sgd": (SGD, "docs/how-to/saving.md"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The recipes of MIGRATION.md, run on what the other libraries have really saved."""
+"""The recipes for coming from other libraries, run on what these have really saved."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import pytest
 import torch
 import torch_ema
 from diffusers.training_utils import EMAModel
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from peers import timm_model_ema
 from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import loss_of_batch, model_with_batch_norm
 
 from averaging_optim import EMA, AveragingOptimizer, PowerRamp, TFRamp
+from averaging_optim.integrations.lightning import EvaluateAveraged
 
-PAGE = (Path(__file__).parent.parent / "MIGRATION.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+PAGE = (Path(__file__).parent.parent / "docs" / "how-to" / "migration.md").read_text()
+BLOCKS: list[str] = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 DECAY = 0.99
 UPDATES = 5
 
@@ -80,11 +84,15 @@ def load_by_recipe(library: str, model: nn.Module, other: Other) -> AveragingOpt
     """Save as the page says, run its first block and the library's, and return the optimizer."""
     torch.save({"model": model.state_dict(), "ema": other.kept.state_dict()}, "run.pt")
     namespace: dict[str, Any] = {"model": model}
-    (recipe,) = [block for block in BLOCKS if block.startswith(f"# {library}\n")]
-    for block in (BLOCKS[0], recipe):
-        exec(compile(block, "MIGRATION.md", "exec"), namespace)
+    for block in (BLOCKS[0], recipe(library)):
+        exec(compile(block, "migration.md", "exec"), namespace)
     optimizer: AveragingOptimizer = namespace["optimizer"]
     return optimizer
+
+
+def recipe(library: str) -> str:
+    (found,) = [block for block in BLOCKS if block.startswith(f"# {library}\n")]
+    return found
 
 
 def assert_holds(optimizer: AveragingOptimizer, other: Other) -> None:
@@ -95,7 +103,8 @@ def assert_holds(optimizer: AveragingOptimizer, other: Other) -> None:
 
 
 def test_there_is_a_recipe_for_each_library() -> None:
-    assert [block.splitlines()[0] for block in BLOCKS[1:]] == [f"# {name}" for name in LIBRARIES]
+    libraries = [block.splitlines()[0].removeprefix("# ") for block in BLOCKS[1:]]
+    assert libraries == [*LIBRARIES, "lightning"]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -133,6 +142,60 @@ def test_the_default_of_torch_ema_goes_on_with_the_ramp_of_tensorflow(
         step(model, UPDATES + number, other.update)
         optimizer.update_averages()
         assert_holds(optimizer, other)
+
+
+class Module(LightningModule):
+    """Trains on numbered batches, with averages or without."""
+
+    def __init__(self, is_averaging: bool) -> None:
+        super().__init__()
+        self.net = model_with_batch_norm()
+        self.is_averaging = is_averaging
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return loss_of_batch(self.net, int(batch))
+
+    def configure_optimizers(self) -> Optimizer:
+        adam = Adam(self.parameters(), lr=0.01)
+        if not self.is_averaging:
+            return adam
+        return AveragingOptimizer(adam, EMA(DECAY), buffers=self.buffers())
+
+
+def fit(module: Module, *callbacks: Callback, ckpt_path: str | None = None) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        logger=False,
+        max_epochs=2,
+    )
+    trainer.fit(module, torch.arange(UPDATES), ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_an_average_of_lightning_goes_on_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = Module(is_averaging=False)
+    each_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    fit(other, EMAWeightAveraging(decay=DECAY), each_epoch)  # leaves the average in the model
+
+    (tmp_path / "epoch=0.ckpt").rename("run.ckpt")
+    with pytest.warns(UserWarning, match="no average for 'ema'"):
+        exec(recipe("lightning"), {"model": Module(is_averaging=True), "torch": torch})
+    model = Module(is_averaging=True)
+    (optimizer,) = fit(model, EvaluateAveraged(), ckpt_path="averaging.ckpt").optimizers
+    assert isinstance(optimizer, AveragingOptimizer)
+    assert optimizer.param_groups[0]["n_averaged_ema"] == 2 * UPDATES
+    averaged, expected = optimizer.averaged_state_dict(model), other.state_dict()
+    counter = "net.1.num_batches_tracked"  # theirs stays at 1: an EMA of integers, rounded down
+    assert (averaged.pop(counter), expected.pop(counter)) == (2 * UPDATES, 1)
+    torch.testing.assert_close(averaged, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10, 1000])

@@ -1,0 +1,49 @@
+"""The documentation site, which `make docs` builds."""
+
+from __future__ import annotations
+
+import re
+
+from sphinx.application import Sphinx
+
+import averaging_optim
+
+project = "averaging_optim"
+release = averaging_optim.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+
+# Notebooks are shown with the outputs they are kept with; `make notebooks` makes them anew.
+nb_execution_mode = "off"
+nb_render_markdown_format = "myst"  # its default has no tables
+myst_heading_anchors = 2  # as GitHub has them
+
+# In the docstrings `x` is code, and a link if there is something of that name.
+default_role = "py:obj"
+autodoc_typehints_format = "short"
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # or every rule would explain `weight` again
+python_maximum_signature_line_length = 80
+
+html_theme = "furo"
+html_title = f"averaging_optim {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_use_index = False  # the API fits one page
+html_show_copyright = False
+html_show_sphinx = False
+copybutton_selector = ":not(.cell_output) > .highlight pre"
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+
+def as_literals(
+    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
+) -> None:
+    """Double the backticks of `a_<b>`, which roles would take for the text a_ of a link to b."""
+    lines[:] = [re.sub(r"`[^`]*<[^`]*>`", r"`\g<0>`", line) for line in lines]
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", as_literals)

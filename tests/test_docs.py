@@ -1,0 +1,119 @@
+"""What the README, the pages of the site and the demo promise, run as they stand."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+FOUND = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "how-to").glob("*.md")]
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in sorted(FOUND)}
+GETTING_STARTED = "docs/getting-started.md"
+DISTRIBUTED = "docs/how-to/distributed.md"
+# Needs what other libraries have saved: see test_migration.py.
+MIGRATION = "docs/how-to/migration.md"
+
+
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+OF_THEIR_OWN = {GETTING_STARTED, DISTRIBUTED, MIGRATION}
+OTHERS = [page for page in PAGES if blocks(PAGES[page]) and page not in OF_THEIR_OWN]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(text: str, page: str) -> None:
+    torch.manual_seed(0)
+    namespace: dict[str, Any] = {}
+    for block in blocks(text):
+        exec(compile(block, page, "exec"), namespace)
+
+
+def test_the_code_of_the_readme_runs_from_top_to_bottom(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(README, "README.md")
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 5
+    # The noise of the targets has variance 1.
+    assert losses[0] < 1.2
+
+
+@pytest.mark.parametrize("page", OTHERS)
+def test_the_code_of_a_page_runs_from_top_to_bottom_and_prints_what_it_says(
+    page: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # An Accelerator of other arguments is refused while one is remembered.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    run(PAGES[page], page)
+    printed = iter(capsys.readouterr().out.splitlines())
+    for promised in re.findall(r"print\(.*\)  # prints (.*)$", PAGES[page], re.MULTILINE):
+        assert any(matches(promised, line) for line in printed), promised
+
+
+def matches(promised: str, line: str) -> bool:
+    return doctest.OutputChecker().check_output(f"{promised}\n", f"{line}\n", doctest.ELLIPSIS)
+
+
+def test_the_average_lags_at_first_and_is_better_in_the_end_as_shown_to_those_getting_started(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(PAGES[GETTING_STARTED], GETTING_STARTED)
+    pattern = r"epoch \d: (\d\.\d+) raw, (\d\.\d+) averaged"
+    texts = PAGES[GETTING_STARTED], capsys.readouterr().out
+    shown, found = (
+        torch.tensor([[*map(float, row)] for row in re.findall(pattern, text)]) for text in texts
+    )
+    # Another processor or version of torch rounds otherwise, and the weights wander otherwise.
+    torch.testing.assert_close(found, shown, rtol=0, atol=0.1)
+    raw, averaged = found.T
+    assert raw[0] < averaged[0]
+    assert averaged[4:].mean() < raw[4:].mean()
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.9", reason="FSDP2 averages gradients on CPUs from torch 2.9 on"
+)
+def test_the_code_for_several_processes_runs_in_two(tmp_path: Path) -> None:
+    program = tmp_path / "train.py"
+    program.write_text("\n".join(blocks(PAGES[DISTRIBUTED])))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, str(program)], check=True, cwd=tmp_path, timeout=300)
+    assert "0.weight" in torch.load(tmp_path / "averaged.pt", weights_only=True)
+
+
+def test_the_first_program_fits_the_first_screen() -> None:
+    assert README.splitlines().index("```python") < 8
+    assert 12 <= len(blocks(README)[0].strip().splitlines()) <= 15
+
+
+def test_everything_the_readme_links_to_is_there() -> None:
+    links = set(re.findall(r"\]\(([^)#:]+)\)", README))
+    assert {link for link in links if not (ROOT / link).exists()} == set()
+
+
+def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "digits.png"
+    demo = str(ROOT / "examples" / "digits.py")
+    command = [sys.executable, demo, "--seeds=1", "--epochs=2", f"--picture={picture}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = re.findall(r"^\| (.*?) +\| +(\d+\.\d) ± 0\.0 % +\|$", done.stdout, re.MULTILINE)
+    assert [row for row, _ in rows] == re.findall(r"^\| (.*?) +\| +\d.*± .*$", README, re.MULTILINE)
+    # Ten classes: chance is 10 %.
+    assert min(float(percent) for _, percent in rows) > 20
+    assert picture.read_bytes().startswith(b"\x89PNG")
