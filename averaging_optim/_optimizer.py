@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,7 +38,7 @@ from averaging_optim._checkpoint import (
 from averaging_optim._interrupts import in_one_piece
 from averaging_optim._rules import Rule, check_bool, check_integer, check_real
 from averaging_optim._state import StateView
-from averaging_optim._tensors import independent, is_known_zero, move_toward
+from averaging_optim._tensors import has_infinity, independent, is_known_zero, move_toward
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Result = TypeVar("_Result")
@@ -79,8 +80,9 @@ class AveragingOptimizer(Optimizer):
             rule alone is named after its class in lower case. A function of the number
             of updates so far is a rule too (see `Formula`), named as it is.
         buffers: e.g. `model.buffers()`, statistics such as BatchNorm's that go with
-            the weights: floating-point ones are averaged, integer ones copied. Give
-            them when the model is on its device, for `Module.to` replaces buffers.
+            the weights: floating-point ones are averaged, integer ones copied, and so
+            are those with an infinity in them now, such as attention masks. Give them
+            when the model is on its device, for `Module.to` replaces buffers.
         dtype: floating-point dtype of the averages. By default that of each tensor,
             but float32 for 16 bits or fewer, in which an average stands still.
             Complex tensors use the complex dtype of that precision.
@@ -113,6 +115,8 @@ class AveragingOptimizer(Optimizer):
     rules: Mapping[str, Rule]
     _wrapped: Optimizer
     _buffers: tuple[Tensor, ...]
+    _statistics: tuple[Tensor, ...]
+    _masks: tuple[Tensor, ...]
     _averages: dict[str, Average]
     _gathered: dict[tuple[str, ...], Gathered]
     _skip_nonfinite: bool
@@ -132,12 +136,16 @@ class AveragingOptimizer(Optimizer):
         check_optimizer(optimizer)
         rules = checked_rules(rule)
         kept = kept_by(rules)
+        averaged_buffers = checked_buffers(buffers, optimizer)
         dtype, home = checked_dtype(dtype), checked_device(device)
         check_bool("skip_nonfinite", skip_nonfinite)
         parts = {
             "rules": rules,
             "_wrapped": optimizer,
-            "_buffers": checked_buffers(buffers, optimizer),
+            "_buffers": averaged_buffers,
+            # The difference of two infinities is NaN.
+            "_masks": tuple(filter(has_infinity, averaged_buffers)),
+            "_statistics": tuple(itertools.filterfalse(has_infinity, averaged_buffers)),
             "_averages": {key: Average(dtype, home) for keys in kept.values() for key in keys},
             "_gathered": {},
             "_skip_nonfinite": skip_nonfinite,
@@ -573,12 +581,14 @@ class AveragingOptimizer(Optimizer):
     def _update(self, shares: Mapping[str, float]) -> None:
         if not shares:
             return
-        tensors = self._averaged_tensors()
+        tensors = [*self._averaged_weights(), *self._statistics]
         if self._skip_nonfinite and not self._stay_finite(tensors):
             self._add_one(SKIPPED)
             return
         for names in self._in_turn(shares):
             self._move(tensors, {name: shares[name] for name in names})
+        for name in shares:
+            self._averages[name].take(self._masks)
 
     def _in_turn(self, names: Iterable[str]) -> Iterator[list[str]]:
         """Part the rules into those that are averaged at once.

@@ -36,6 +36,11 @@ def layout_of(tensor: Tensor) -> Any:
     return None
 
 
+def has_infinity(tensor: Tensor) -> bool:
+    """Return whether a number is infinite; waits for the device."""
+    return not tensor.is_meta and bool(tensor.isinf().any())
+
+
 def are_alike(first: Tensor, second: Tensor) -> bool:
     """Return whether both have one dtype and device, so that either can hold the other."""
     return first.dtype == second.dtype and first.device == second.device

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from averaging_optim._checkpoint import COUNT, Checkpoint, kept_by, read_checkpoint
 from averaging_optim._optimizer import AveragingOptimizer
 from averaging_optim._rules import PowerEMA
-from averaging_optim._tensors import kind_of
+from averaging_optim._tensors import has_infinity, kind_of
 
 AnyCheckpoint = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -217,8 +217,8 @@ def _state_dict(checkpoint: AnyCheckpoint) -> Any:
 
 
 def _plus(sum_: Tensor | None, average: Tensor, factor: float) -> Tensor:
-    """Return sum + factor · average in double precision; the latest average of integers."""
-    if kind_of(average) == "integer":
+    """Return sum + factor · average in double precision; the latest of integers and masks."""
+    if kind_of(average) == "integer" or has_infinity(average):
         return average.clone()
     double = torch.complex128 if average.is_complex() else torch.float64
     average = average.to("cpu", double)

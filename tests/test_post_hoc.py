@@ -232,6 +232,15 @@ def test_frozen_weights_and_buffers_are_what_they_are() -> None:
     torch.testing.assert_close(found["1.running_mean"], expected["1.running_mean"])
 
 
+def test_a_mask_with_infinities_stays_one() -> None:
+    model = nn.Linear(3, 2)
+    model.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+    adam = Adam(model.parameters(), lr=0.01)
+    optimizer = AveragingOptimizer(adam, TWO, buffers=model.buffers())
+    found = reconstruct(checkpoints_of(model, optimizer, 4), model, 0.03, optimizer)
+    assert torch.equal(found["mask"], torch.full((2, 2), -torch.inf).triu(1))
+
+
 def test_complex_weights_are_summed_too() -> None:
     model = nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
     optimizer = AveragingOptimizer(SGD(model.parameters(), lr=0.1), TWO)

@@ -23,11 +23,12 @@ from training import (
     model_with_batch_norm,
     same,
     small_model,
+    through_pickle,
     train,
     values,
 )
 
-from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
+from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Lookahead, Rule
 
 TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
 
@@ -459,3 +460,44 @@ def test_the_loss_inside_is_the_loss_of_the_average() -> None:
     with optimizer.swap_to_averaged():
         inside = loss_of_batch(model, 0)
     assert same([inside], [loss_of_batch(teacher, 0)])
+
+
+class Attention(nn.Module):
+    """A weight, a mask with infinities and a statistic."""
+
+    mask: Tensor
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 2))
+        self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+        self.register_buffer("mean", torch.zeros(2))
+
+
+@pytest.mark.parametrize("rule", [EMA(0.5), SWA(), LAWA(k=2), Lookahead(0.5)], ids=repr)
+@pytest.mark.parametrize("skip_nonfinite", [False, True])
+def test_a_mask_with_infinities_is_copied_along(rule: Rule, skip_nonfinite: bool) -> None:
+    """The difference of two infinities is NaN, and an average would be."""
+    model = Attention()
+    optimizer = AveragingOptimizer(
+        SGD(model.parameters(), lr=0.1),
+        {"one": rule},
+        buffers=model.buffers(),
+        skip_nonfinite=skip_nonfinite,
+    )
+    for step in range(4):
+        model.mean.fill_(step)
+        optimizer.update_averages()
+    model.mask.mul_(2)[0, 0] = 1
+    optimizer.update_averages()
+    mask = model.mask.clone()
+    with optimizer.swap_to_averaged():
+        assert same([model.mask], [mask])
+        assert 0 < model.mean[0] < 4
+    group = optimizer.param_groups[0]
+    assert (group["n_averaged_one"], group["n_skipped"]) == (5, 0)
+    copied = through_pickle((model, optimizer))
+    assert same(everything(*copied), everything(model, optimizer))
+    copied[1].update_averages()
+    assert same([copied[1].state_dict()["averaged_buffers"]["one"][0]], [mask])
