@@ -181,7 +181,6 @@ class AveragingOptimizer(Optimizer):
             ValueError: a rule gives a weight outside [0, 1]; no step has been taken.
         """
         self._refuse_inside_swap("step")
-        self._begin()
         shares = self._shares_due()
         loss = self._wrapped.step(closure) if closure else self._wrapped.step()
         self._average_after_step(shares)
@@ -530,7 +529,6 @@ class AveragingOptimizer(Optimizer):
     def _add_one(self, key: str) -> None:
         self._set_count(key, self._count(key) + 1)
 
-    @_uncompiled
     def _begin(self) -> None:
         """Average by the rules that begin with the weights before the first step."""
         if self._count(STEPS) > 0 or self._is_rehearsal():
@@ -544,6 +542,7 @@ class AveragingOptimizer(Optimizer):
     @_uncompiled
     def _shares_due(self) -> dict[str, float]:
         """Return the share for each rule that is due after the coming step."""
+        self._begin()
         step = self._count(STEPS) + 1
         return {name: self._share(name) for name, rule in self.rules.items() if rule.is_due(step)}
 
@@ -585,27 +584,21 @@ class AveragingOptimizer(Optimizer):
         if self._skip_nonfinite and not self._stay_finite(tensors):
             self._add_one(SKIPPED)
             return
-        for names in self._in_turn(shares):
-            self._move(tensors, {name: shares[name] for name in names})
-        for name in shares:
-            self._averages[name].take(self._masks)
+        writing = [name for name in shares if self._writes_back(name)]
+        for name in writing:  # first, for the others to average what training goes on with
+            self._move(tensors, {name: shares[name]})
+            self._averages[name].write_back(tensors)
+        self._move(tensors, {name: shares[name] for name in shares if name not in writing})
+        if self._masks:
+            for name in shares:
+                self._averages[name].take(self._masks)
 
-    def _in_turn(self, names: Iterable[str]) -> Iterator[list[str]]:
-        """Part the rules into those that are averaged at once.
-
-        Those that write into the weights come first, for the others to average what
-        training goes on with.
-        """
-        others = []
-        for name in names:
-            if self.rules[name].writes_back(self._count(COUNT + name) + 1):
-                yield [name]
-            else:
-                others.append(name)
-        if others:
-            yield others
+    def _writes_back(self, name: str) -> bool:
+        return self.rules[name].writes_back(self._count(COUNT + name) + 1)
 
     def _move(self, tensors: Sequence[Tensor], shares: Mapping[str, float]) -> None:
+        if not shares:
+            return
         for name in shares:
             self._forget(name, tensors)
         gathered = self._gathered.setdefault(tuple(shares), Gathered())
@@ -614,13 +607,11 @@ class AveragingOptimizer(Optimizer):
         for name in shares:
             self._remember(name, tensors)
             self._add_one(COUNT + name)
-            if self.rules[name].writes_back(self._count(COUNT + name)):
-                self._averages[name].write_back(tensors)
 
     def _forget(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Let the average be of the snapshots alone, if it is of as many weights as may be."""
-        snapshots, n_averaged = self._snapshots(name), self._count(COUNT + name)
-        if not snapshots or n_averaged <= len(snapshots):
+        snapshots = self._snapshots(name)
+        if not snapshots or (n_averaged := self._count(COUNT + name)) <= len(snapshots):
             return
         for i in range(len(snapshots)):
             # Snapshot j lies at j % len, so that the oldest is the one to come next.
