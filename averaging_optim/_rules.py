@@ -390,7 +390,7 @@ class LAWA(Rule):
     `averaged_<name>_1`, `averaged_<name>_2`, …
 
     Args:
-        k: weights to average over, at least 1.
+        k: weights to average over, at least 2.
         start, every: see `Rule`; the published method takes the weights once an epoch.
 
     Raises:
@@ -410,7 +410,7 @@ class LAWA(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_integer("k", self.k, at_least=1)
+        check_integer("k", self.k, at_least=2)
 
     def weight(self, n_averaged: int) -> float:
         return 1.0 / (n_averaged + 1)
