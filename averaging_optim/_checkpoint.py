@@ -118,11 +118,10 @@ def read_checkpoint(
         for name in kept
     }
     missing = [repr(name) for name in kept if name not in averages and counts[name] != 0]
-    for name, keys in kept.items():
-        is_lost = bool(buffers) and not any(key in saved_buffers for key in keys)
-        if is_lost and name in averages:
-            missing.append(f"the buffers of {name!r}")
-        for key in filter(averages.__contains__, keys):
+    for name in [name for name in kept if name in averages]:
+        is_lost = bool(buffers) and not any(key in saved_buffers for key in kept[name])
+        missing += [f"the buffers of {name!r}"] if is_lost else []
+        for key in kept[name]:
             saved = list(buffers) if is_lost else saved_buffers.get(key, [])
             averages[key].update(_buffer_averages(key, saved, buffers))
 

@@ -383,7 +383,7 @@ class HalfLifeFraction(Rule):
 class LAWA(Rule):
     """Latest weight averaging: the arithmetic mean of the last k weights.
 
-    wₙ = 1 / (n + 1) for the n-th of these k, the first being n = 0
+    wₙ = 1 / min(n + 1, k), the oldest of k weights having been taken out before
 
     It needs k tensors for each weight, where other averages need one: the mean, and the
     k − 1 weights before the present ones. In a state dict these are
@@ -413,7 +413,7 @@ class LAWA(Rule):
         check_integer("k", self.k, at_least=2)
 
     def weight(self, n_averaged: int) -> float:
-        return 1.0 / (n_averaged + 1)
+        return 1.0 / min(n_averaged + 1, self.k)
 
     @property
     def snapshots(self) -> int:

@@ -38,7 +38,9 @@ def layout_of(tensor: Tensor) -> Any:
 
 def has_infinity(tensor: Tensor) -> bool:
     """Return whether a number is infinite; waits for the device."""
-    return not tensor.is_meta and bool(tensor.isinf().any())
+    # torch looks for infinities in most dtypes of 8 bits only.
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    return not tensor.is_meta and bool(wide.isinf().any())
 
 
 def are_alike(first: Tensor, second: Tensor) -> bool:

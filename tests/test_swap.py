@@ -475,6 +475,17 @@ class Attention(nn.Module):
         self.register_buffer("mean", torch.zeros(2))
 
 
+def test_buffers_of_8_bits_are_averaged_in_float32() -> None:
+    model = nn.Linear(1, 1)
+    model.register_buffer("scale", torch.ones(2).to(torch.float8_e4m3fn))
+    sgd = SGD(model.parameters(), lr=0.1)
+    optimizer = AveragingOptimizer(sgd, EMA(0.5), buffers=model.buffers())
+    for value in (1.0, 2.0):
+        next(model.buffers()).copy_(torch.full((2,), value))
+        optimizer.update_averages()
+    assert same(optimizer.state_dict()["averaged_buffers"]["ema"], [torch.full((2,), 1.5)])
+
+
 @pytest.mark.parametrize("rule", [EMA(0.5), SWA(), LAWA(k=2), Lookahead(0.5)], ids=repr)
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
 def test_a_mask_with_infinities_is_copied_along(rule: Rule, skip_nonfinite: bool) -> None:
