@@ -24,6 +24,7 @@ def executed(path: Path, folder: Path = FOLDER) -> Any:
     kernel = {**os.environ, "OMP_NUM_THREADS": "1"}
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}})
     client.execute(env=kernel)
+    notebook.metadata["language_info"] = {"name": "python"}  # without the version that ran it
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it was run
         for output in cell.get("outputs", []):

@@ -32,7 +32,7 @@ def test_a_notebook_asks_a_question_and_is_small(path: Path) -> None:
     title, *_ = notebook.cells[0].source.splitlines()
     assert title.startswith("# ")
     assert title.endswith("?")
-    assert 10 <= len(notebook.cells) <= 22
+    assert 10 <= len(notebook.cells) <= 20
     assert path.stat().st_size < 200_000
 
 
