@@ -7,7 +7,7 @@ OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyprojec
 UNTRACED := tests/test_optim_db.py tests/test_life.py tests/test_long_life.py
 UNTRACED += tests/test_notebooks.py
 
-.PHONY: bench demo docs notebooks test soak test-oldest test-newest clean
+.PHONY: bench demo docs notebooks random-labels test soak test-oldest test-newest clean
 
 demo: .venv/ready
 	$(BIN)/python examples/digits.py --picture examples/digits.png
@@ -26,6 +26,10 @@ docs: .venv/ready
 # Every number and picture of the notebooks anew.
 notebooks: .venv/ready
 	$(BIN)/python notebooks/execute.py
+
+# The large experiment that the second notebook quotes: 40 minutes of one core.
+random-labels: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python examples/random_labels.py > examples/random_labels.txt
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/cpu.py --largest 1e9
