@@ -437,7 +437,7 @@ class AveragingOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = write_checkpoint(
-            self._wrapped.state_dict(), self.param_groups, self._buffers, self._averages
+            self._wrapped.state_dict(), self._wrapped.param_groups, self._buffers, self._averages
         )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
@@ -462,7 +462,7 @@ class AveragingOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         kept = kept_by(self.rules)
-        checkpoint = read_checkpoint(state_dict, self.param_groups, self._buffers, kept)
+        checkpoint = read_checkpoint(state_dict, self._wrapped.param_groups, self._buffers, kept)
         homes = {
             name: self._averages[name].homes(averages)
             for name, averages in checkpoint.averages.items()
@@ -519,11 +519,11 @@ class AveragingOptimizer(Optimizer):
         return [STEPS, SKIPPED, *(COUNT + name for name in self.rules)]
 
     def _count(self, key: str) -> int:
-        count: int = self.param_groups[0][key]
+        count: int = self._wrapped.param_groups[0][key]
         return count
 
     def _set_count(self, key: str, count: int) -> None:
-        for group in self.param_groups:
+        for group in self._wrapped.param_groups:
             group[key] = count
 
     def _add_one(self, key: str) -> None:
@@ -574,7 +574,7 @@ class AveragingOptimizer(Optimizer):
     def _is_rehearsal(self) -> bool:
         """Return whether the step was one to initialise the state, at lr 0."""
         return all(self._count(COUNT + name) == 0 for name in self.rules) and all(
-            is_known_zero(group.get("lr")) for group in self.param_groups
+            is_known_zero(group.get("lr")) for group in self._wrapped.param_groups
         )
 
     def _update(self, shares: Mapping[str, float]) -> None:
@@ -642,7 +642,7 @@ class AveragingOptimizer(Optimizer):
         return [*self._averaged_weights(), *self._buffers]
 
     def _averaged_weights(self) -> list[Tensor]:
-        groups = (group for group in self.param_groups if group.get("average", True))
+        groups = (group for group in self._wrapped.param_groups if group.get("average", True))
         return [weight for group in groups for weight in group["params"]]
 
     def _averaged(self, name: str) -> AbstractContextManager[None]:
