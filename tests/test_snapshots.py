@@ -170,13 +170,13 @@ def test_an_average_named_as_a_snapshot_is_refused() -> None:
 
 
 def test_a_rule_of_ones_own_may_be_over_the_last_weights() -> None:
-    """Of the last three weights the latest has the share 1/2, as the one before has of the rest."""
+    """Of the last three weights the latest has the share 1/4, the two before it the rest."""
 
     class Fading(Rule):
         snapshots = 2
 
         def weight(self, n_averaged: int) -> float:
-            return 0.5
+            return 0.5**n_averaged
 
     weight = nn.Parameter(torch.zeros(1))
     optimizer = AveragingOptimizer(SGD([weight], lr=1.0), Fading())
@@ -186,4 +186,5 @@ def test_a_rule_of_ones_own_may_be_over_the_last_weights() -> None:
             weight.fill_(value)
         optimizer.update_averages()
         found += averages(optimizer, "fading")
-    assert [each.item() for each in found] == [4, 6, 11, 22, 44]
+    # The last three: (4 + 8) / 2 and a quarter toward 16, (8 + 16) / 2 and a quarter toward 32, …
+    assert [each.item() for each in found] == [4, 6, 8.5, 17, 34]
