@@ -153,13 +153,14 @@ def test_a_lost_snapshot_is_refused_by_name(key: str) -> None:
         optimizer.load_state_dict(state_dict)
 
 
-def test_lost_snapshots_of_buffers_are_refused_by_name() -> None:
+@pytest.mark.parametrize("key", ["one", "one_2"])
+def test_lost_snapshots_of_buffers_are_refused_by_name(key: str) -> None:
     model = model_with_batch_norm()
     optimizer = averaging_sgd(model, {"one": LAWA(3)}, buffers=model.buffers())
     train(model, optimizer, 3)
     state_dict = optimizer.state_dict()
-    del state_dict["averaged_buffers"]["one_2"]
-    with pytest.raises(ValueError, match=r"`averaged_buffers\['one_2'\]` must be a list of 3"):
+    del state_dict["averaged_buffers"][key]
+    with pytest.raises(ValueError, match=rf"`averaged_buffers\['{key}'\]` must be a list of 3"):
         optimizer.load_state_dict(state_dict)
 
 
