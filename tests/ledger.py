@@ -123,7 +123,7 @@ class Ledger:
         self.steps, self.skipped, self.counts = saved.steps, saved.skipped, saved.counts
         for name, averages in saved.averages.items():
             self.averages[name] = averages or self.averages[name]
-            self.windows[name] = saved.windows[name] or self.windows[name]
+            self.windows[name] = saved.windows[name] or {key: [] for key in self.averages[name]}
 
     def is_due(self, name: str) -> bool:
         rule = self.rules[name]
