@@ -27,7 +27,7 @@ docs: .venv/ready
 notebooks: .venv/ready
 	$(BIN)/python notebooks/execute.py
 
-# The large experiment that the second notebook quotes: 40 minutes of one core.
+# The large experiment that the second notebook quotes: up to an hour of one core.
 random-labels: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python examples/random_labels.py > examples/random_labels.txt
 

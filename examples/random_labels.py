@@ -3,7 +3,7 @@
 Trains at 224 × 224 pixels for five epochs and tests the raw weights and three averages of the
 same run on 100 images, seed by seed. Prints what they found and how likely it is by chance.
 
-The output in random_labels.txt is that of `make random-labels`: one thread, some 40 minutes.
+The output in random_labels.txt is that of `make random-labels`: one thread, up to an hour.
 """
 
 from __future__ import annotations

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from execute import NOTEBOOKS, executed
+
+ROOT = Path(__file__).parent.parent
 
 
 def kinds_of_output(cell: Any) -> list[str]:
@@ -34,6 +37,15 @@ def test_a_notebook_asks_a_question_and_is_small(path: Path) -> None:
     assert title.endswith("?")
     assert 10 <= len(notebook.cells) <= 20
     assert path.stat().st_size < 200_000
+
+
+def test_what_the_second_notebook_quotes_of_the_large_experiment_is_its_output() -> None:
+    output = (ROOT / "examples" / "random_labels.txt").read_text()
+    (row,) = re.findall(r"^\| mean +\|(.*)\|$", output, re.MULTILINE)
+    text = (ROOT / "notebooks" / "2-ema-swa-t-adema.ipynb").read_text()
+    raw, swa, ema, t_adema, _ = (float(percent) for percent in re.findall(r"[\d.]+", row))
+    quote = f"{raw} % (raw), {swa} % (SWA), {ema} % (EMA) and {t_adema} % (T_ADEMA)"
+    assert quote in text
 
 
 def test_all_four_notebooks_are_there() -> None:
