@@ -424,7 +424,7 @@ class LAWA(Rule):
 class Lookahead(Rule):
     """Some steps forward, one step back: the weights go on from a point on the way.
 
-    wₙ = alpha,    w₀ = 1,    weights ← average after each update
+    wₙ = alpha,    w₀ = 1,    weights ← average after each update but the first
 
     The average begins with the weights before the first step (with `start`, after so many
     steps); published as slow weights. The state of the wrapped optimizer stays as it is.
@@ -460,7 +460,7 @@ class Lookahead(Rule):
         return super().is_due(step) or (step == self.start and self.every is not None)
 
     def writes_back(self, n_averaged: int) -> bool:
-        return True
+        return n_averaged > 1
 
 
 @dataclass(frozen=True)
@@ -505,7 +505,7 @@ class SwitchEMA(Rule):
         return step >= self.start
 
     def writes_back(self, n_averaged: int) -> bool:
-        # The first update is the copy at `start`, which no step has led to.
+        # The first update is the copy at `start`, from which steps are counted.
         return n_averaged > 1 and (n_averaged - 1) % self.every == 0
 
 

@@ -90,7 +90,7 @@ class Ledger:
         if self.steps == 0 and (has_learning_rate or any(self.counts.values())):
             names = [name for name in filter(self.is_due, self.rules) if self.counts[name] == 0]
             if names:
-                self.update(names, present, lambda name: None)  # a first average is the weights
+                self.update(names, present, lambda name: None)  # no first average is written
 
     def step(self, present: Present, has_learning_rate: bool, write_back: WriteBack) -> None:
         self.make(present)
@@ -138,7 +138,7 @@ class Ledger:
         rule, n = self.rules[name], self.counts[name]
         if isinstance(rule, SwitchEMA):
             return n == 0 or n % rule.every != 0
-        return not isinstance(rule, Lookahead)
+        return n == 0 or not isinstance(rule, Lookahead)
 
     def copy_of(self, tensor: Tensor) -> Kept:
         dtype = tensor.dtype

@@ -139,6 +139,16 @@ def test_low_precision_weights_are_those_of_the_average_rounded() -> None:
     assert not same(kept, [weight.float() for weight in model.parameters()])
 
 
+def test_an_average_of_less_precision_does_not_round_the_weights_as_it_begins() -> None:
+    model = small_model()
+    began = values(model.parameters())
+    optimizer = averaging_sgd(model, Lookahead(every=None), dtype=torch.bfloat16)
+    optimizer.update_averages()
+    assert same(model.parameters(), began)
+    optimizer.update_averages()
+    assert same(model.parameters(), [weight.bfloat16().float() for weight in began])
+
+
 def test_averaged_buffers_are_written_back_with_the_weights() -> None:
     model = model_with_batch_norm()
     optimizer = averaging_sgd(model, Lookahead(every=2), buffers=model.buffers())
