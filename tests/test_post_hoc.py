@@ -96,7 +96,7 @@ def test_the_residual_is_the_distance_of_the_shares_of_all_steps(kept: Kept, wid
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_residual_falls_with_the_square_of_the_interval(kept: Kept, width: float) -> None:
+def test_half_the_interval_leaves_less_than_half_the_residual(kept: Kept, width: float) -> None:
     residuals = [fit(kept.saved[64 // k - 1 :: 64 // k], width, kept.optimizer) for k in (32, 64)]
     assert residuals[1].residual < residuals[0].residual / 2
 
