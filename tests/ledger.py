@@ -30,8 +30,9 @@ class Kept:
 
     def moved(self, present: Tensor, share: float) -> Kept:
         # A difference, a product and a sum, of up to twice the largest number there is, and
-        # the roundings of the weight and of the share.
-        error = rounding(self.dtype) * 8 * max(largest(self.value), largest(present))
+        # the roundings of the weight and of the share. Below normal numbers the spacing stays.
+        number = max(largest(self.value), largest(present), smallest_normal(self.dtype))
+        error = rounding(self.dtype) * 8 * number
         value = self.value + share * (present.detach().double() - self.value)
         return Kept(value, self.dtype, (1 - share) * self.error + error)
 
@@ -44,6 +45,10 @@ class Kept:
 
 def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 if dtype.is_floating_point else 0.0
+
+
+def smallest_normal(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).smallest_normal if dtype.is_floating_point else 0.0
 
 
 def largest(tensor: Tensor) -> float:
