@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from averaging_optim._rules import Formula, Rule, check_bool
+from averaging_optim._averages.average import store_keys
+from averaging_optim._checks import check_bool
+from averaging_optim._rules import Formula, Rule
 
 AnyRule = Rule | Callable[[int], float]
 
@@ -42,7 +44,12 @@ def checked_rules(rule: AnyRule | Mapping[str, AnyRule]) -> dict[str, Rule]:
         )
     if not rule:
         raise ValueError(f"`rule` must name at least one Rule, got {rule!r}.")
-    return {name: _named_rule(name, each) for name, each in rule.items()}
+    rules = {name: _named_rule(name, each) for name, each in rule.items()}
+    for name, each in rules.items():
+        for key in store_keys(name, each)[1:]:
+            if key in rules:
+                raise ValueError(f"`rule` must name no average {key!r}, a snapshot of {name!r}.")
+    return rules
 
 
 def _named_rule(name: object, rule: AnyRule) -> Rule:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, overload
 
@@ -22,23 +21,22 @@ from averaging_optim._arguments import (
     checked_dtype,
     checked_rules,
 )
-from averaging_optim._average import Average, Gathered, copied_from_elsewhere
-from averaging_optim._checkpoint import (
+from averaging_optim._averages.average import Average
+from averaging_optim._averages.averages import Averages
+from averaging_optim._averages.moving import detached_copy, is_zero_without_sync
+from averaging_optim._averages.signals import signals_deferred_around
+from averaging_optim._averages.store import copy_if_aliased
+from averaging_optim._checkpoints.entries import check_average
+from averaging_optim._checkpoints.exports import read_exported
+from averaging_optim._checkpoints.format import (
     AVERAGE,
-    COUNT,
-    SKIPPED,
-    STEPS,
-    check_average,
-    kept_by,
-    load_or_keep,
+    load_or_roll_back,
     read_checkpoint,
-    read_exported,
     write_checkpoint,
 )
-from averaging_optim._interrupts import in_one_piece
-from averaging_optim._rules import Rule, check_bool, check_integer, check_real
+from averaging_optim._checks import check_bool, check_integer
+from averaging_optim._rules import Rule
 from averaging_optim._state import StateView
-from averaging_optim._tensors import has_infinity, independent, is_known_zero, move_toward
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Result = TypeVar("_Result")
@@ -111,15 +109,8 @@ class AveragingOptimizer(Optimizer):
         ...     prediction = model(torch.ones(1))
     """
 
-    #: Name → rule.
-    rules: Mapping[str, Rule]
     _wrapped: Optimizer
-    _buffers: tuple[Tensor, ...]
-    _statistics: tuple[Tensor, ...]
-    _masks: tuple[Tensor, ...]
-    _averages: dict[str, Average]
-    _gathered: dict[tuple[str, ...], Gathered]
-    _skip_nonfinite: bool
+    _averages: Averages
 
     def __init__(
         self,
@@ -135,25 +126,12 @@ class AveragingOptimizer(Optimizer):
             raise TypeError("`optimizer` must not be an AveragingOptimizer. Pass it all rules.")
         check_optimizer(optimizer)
         rules = checked_rules(rule)
-        kept = kept_by(rules)
-        averaged_buffers = checked_buffers(buffers, optimizer)
-        dtype, home = checked_dtype(dtype), checked_device(device)
+        unique_buffers = checked_buffers(buffers, optimizer)
+        dtype, device = checked_dtype(dtype), checked_device(device)
         check_bool("skip_nonfinite", skip_nonfinite)
-        parts = {
-            "rules": rules,
-            "_wrapped": optimizer,
-            "_buffers": averaged_buffers,
-            # The difference of two infinities is NaN.
-            "_masks": tuple(filter(has_infinity, averaged_buffers)),
-            "_statistics": tuple(itertools.filterfalse(has_infinity, averaged_buffers)),
-            "_averages": {key: Average(dtype, home) for keys in kept.values() for key in keys},
-            "_gathered": {},
-            "_skip_nonfinite": skip_nonfinite,
-        }
+        averages = Averages(rules, optimizer, unique_buffers, dtype, device, skip_nonfinite)
         # `Optimizer.__init__` would make parameter groups; this makes hooks and nothing else.
-        self.__setstate__(parts)
-        for key in self._counters():
-            self._set_count(key, 0)
+        self.__setstate__({"_wrapped": optimizer, "_averages": averages})
 
     @property
     def optimizer(self) -> Optimizer:
@@ -161,9 +139,14 @@ class AveragingOptimizer(Optimizer):
         return self._wrapped
 
     @property
+    def rules(self) -> Mapping[str, Rule]:
+        """Name → rule."""
+        return self._averages.rules
+
+    @property
     def buffers(self) -> tuple[Tensor, ...]:
         """The buffers that are averaged along."""
-        return self._buffers
+        return self._averages.buffers
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -181,7 +164,7 @@ class AveragingOptimizer(Optimizer):
             ValueError: a rule gives a weight outside [0, 1]; no step has been taken.
         """
         self._refuse_inside_swap("step")
-        shares = self._shares_due()
+        shares = self._shares_after_step()
         loss = self._wrapped.step(closure) if closure else self._wrapped.step()
         self._average_after_step(shares)
         return loss
@@ -225,15 +208,14 @@ class AveragingOptimizer(Optimizer):
             >>> weight.item()
             4.0
         """
-        name = self._one_name(name)
-        average = self._averages[name]
+        average = self._average(name)
         if average.is_swapped:
             yield
             return
-        self._refuse_inside_swap(f"swap_to_averaged({name!r})")
+        self._refuse_inside_swap(f"swap_to_averaged({average.name!r})")
         average.is_swapped = True
         try:
-            with in_one_piece(self._averaged(name)):
+            with signals_deferred_around(self._swapped(average)):
                 yield
         finally:
             average.is_swapped = False
@@ -288,10 +270,10 @@ class AveragingOptimizer(Optimizer):
             RuntimeError: inside `swap_to_averaged`.
         """
         self._refuse_inside_swap("update_averages")
-        names = self.rules if name is None else [self._one_name(name)]
-        shares = {each: self._share(each) for each in names}
-        self._make_averages()
-        self._update(shares)
+        averages = self._averages.values() if name is None else [self._average(name)]
+        shares = {average: average.share() for average in averages}
+        self._averages.make()
+        self._averages.update(shares)
 
     def averaged_model(self, model: _Model, name: str | None = None) -> _Model:
         """Return a copy of the model whose parameters are the averages.
@@ -320,14 +302,14 @@ class AveragingOptimizer(Optimizer):
             >>> teacher.weight.requires_grad
             False
         """
-        name = self._one_name(name)
+        average = self._average(name)
         self._refuse_foreign(model)
-        self._make_averages()
+        self._averages.make()
         memo: dict[int, Any] = {
-            id(tensor): nn.Parameter(average, requires_grad=False)
-            if isinstance(tensor, nn.Parameter)
-            else average
-            for tensor, average in self._averages[name].tensors.items()
+            id(source): nn.Parameter(kept, requires_grad=False)
+            if isinstance(source, nn.Parameter)
+            else kept
+            for source, kept in average.tensors.tensors.items()
         }
         return copy.deepcopy(model, memo)
 
@@ -354,7 +336,7 @@ class AveragingOptimizer(Optimizer):
         self._refuse_foreign(model)
         with self.swap_to_averaged(name):
             return {
-                key: independent(value).contiguous()
+                key: detached_copy(value).contiguous()
                 if isinstance(value, Tensor)
                 else copy.deepcopy(value)
                 for key, value in model.state_dict().items()
@@ -396,12 +378,13 @@ class AveragingOptimizer(Optimizer):
             tensor([[1., 1.]])
         """
         self._refuse_inside_swap("load_averaged_state_dict")
-        name = self._one_name(name)
+        average = self._average(name)
         check_integer("n_averaged", n_averaged, at_least=1)
-        values = read_exported(model, state_dict, self._averaged_weights(), self._buffers)
-        for average in [self._averages[name], *self._snapshots(name)]:
-            average.load(average.homes(values), values)
-        self._set_count(COUNT + name, int(n_averaged))
+        weights, buffers = self._averages.weights(), self._averages.buffers
+        values = read_exported(model, state_dict, weights, buffers)
+        for store in average.stores.values():
+            store.load(store.load_targets(values), values)
+        average.n_averaged.value = int(n_averaged)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as torch.optim does.
@@ -420,10 +403,10 @@ class AveragingOptimizer(Optimizer):
         self._refuse_inside_swap("add_param_group")
         check_group(param_group)
         self._wrapped.add_param_group(param_group)
-        for key in self._counters():
-            self._set_count(key, self._count(key))
-        if any(average.tensors for average in self._averages.values()):
-            self._make_averages()
+        for counter in self._averages.counters():
+            counter.value = counter.value
+        if any(store.tensors for store in self._averages.stores.values()):
+            self._averages.make()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, averages and counters, in torch's format.
@@ -436,8 +419,9 @@ class AveragingOptimizer(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        stores = self._averages.stores
         state_dict = write_checkpoint(
-            self._wrapped.state_dict(), self._wrapped.param_groups, self._buffers, self._averages
+            self._wrapped.state_dict(), self._wrapped.param_groups, self.buffers, stores
         )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
@@ -461,18 +445,18 @@ class AveragingOptimizer(Optimizer):
         state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        kept = kept_by(self.rules)
-        checkpoint = read_checkpoint(state_dict, self._wrapped.param_groups, self._buffers, kept)
-        homes = {
-            name: self._averages[name].homes(averages)
-            for name, averages in checkpoint.averages.items()
+        stores = self._averages.stores
+        keys = {name: list(average.stores) for name, average in self._averages.items()}
+        checkpoint = read_checkpoint(state_dict, self._wrapped.param_groups, self.buffers, keys)
+        targets = {
+            key: stores[key].load_targets(averages) for key, averages in checkpoint.averages.items()
         }
-        averages = copied_from_elsewhere(checkpoint.averages, homes, self._averages.values())
-        load_or_keep(self._wrapped, checkpoint.wrapped)
-        for name, values in averages.items():
-            self._averages[name].load(homes[name], values)
-        for key, count in checkpoint.counters.items():
-            self._set_count(key, count)
+        averages = copy_if_aliased(checkpoint.averages, targets, stores.values())
+        load_or_roll_back(self._wrapped, checkpoint.wrapped)
+        for key, values in averages.items():
+            stores[key].load(targets[key], values)
+        for counter in self._averages.counters():
+            counter.value = checkpoint.counters[counter.key]
         if checkpoint.missing:
             missing = ", ".join(checkpoint.missing)
             warnings.warn(
@@ -513,173 +497,71 @@ class AveragingOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # A copy would take the weights for averages. Hooks are left out, as torch does.
         self._refuse_inside_swap("copy or pickle")
-        return {name: self.__dict__[name] for name in AveragingOptimizer.__annotations__}
-
-    def _counters(self) -> list[str]:
-        return [STEPS, SKIPPED, *(COUNT + name for name in self.rules)]
-
-    def _count(self, key: str) -> int:
-        count: int = self._wrapped.param_groups[0][key]
-        return count
-
-    def _set_count(self, key: str, count: int) -> None:
-        for group in self._wrapped.param_groups:
-            group[key] = count
-
-    def _add_one(self, key: str) -> None:
-        self._set_count(key, self._count(key) + 1)
-
-    def _begin(self) -> None:
-        """Average by the rules that begin with the weights before the first step."""
-        if self._count(STEPS) > 0 or self._is_rehearsal():
-            return
-        names = [name for name, rule in self.rules.items() if rule.is_due(0)]
-        shares = {name: 1.0 for name in names if self._count(COUNT + name) == 0}
-        if shares:
-            self._make_averages()
-            self._update(shares)
+        return {"_wrapped": self._wrapped, "_averages": self._averages}
 
     @_uncompiled
-    def _shares_due(self) -> dict[str, float]:
-        """Return the share for each rule that is due after the coming step."""
-        self._begin()
-        step = self._count(STEPS) + 1
-        return {name: self._share(name) for name, rule in self.rules.items() if rule.is_due(step)}
-
-    def _share(self, name: str) -> float:
-        n_averaged, snapshots = self._count(COUNT + name), self.rules[name].snapshots
-        return self._share_after(name, min(n_averaged, snapshots) if snapshots else n_averaged)
-
-    def _share_after(self, name: str, n_averaged: int) -> float:
-        if n_averaged == 0:
-            return 1.0
-        share = self.rules[name].weight(n_averaged)
-        check_real(f"rules[{name!r}].weight({n_averaged})", share, "[0, 1]")
-        return float(share)
+    def _shares_after_step(self) -> dict[Average, float]:
+        """Return the share of each average that the coming step makes due."""
+        averages = self._averages
+        if averages.steps.value == 0 and not self._is_dcp_init_step():
+            averages.begin()
+        return {each: each.share() for each in averages.due_at(averages.steps.value + 1)}
 
     @_uncompiled
-    def _average_after_step(self, shares: Mapping[str, float]) -> None:
-        if self._was_skipped():
+    def _average_after_step(self, shares: Mapping[Average, float]) -> None:
+        if self._skipped_by_grad_scaler():
             return
         # After any step, so that a new optimizer has the entries that distributed loading fills.
-        self._make_averages()
-        if not self._is_rehearsal():
-            self._add_one(STEPS)
-            self._update(shares)
+        self._averages.make()
+        if not self._is_dcp_init_step():
+            self._averages.steps.value += 1
+            self._averages.update(shares)
 
-    def _was_skipped(self) -> bool:
+    def _skipped_by_grad_scaler(self) -> bool:
         found_inf = getattr(self._wrapped, "found_inf", None)
         return found_inf is not None and bool(found_inf)
 
-    def _is_rehearsal(self) -> bool:
-        """Return whether the step was one to initialise the state, at lr 0."""
-        return all(self._count(COUNT + name) == 0 for name in self.rules) and all(
-            is_known_zero(group.get("lr")) for group in self._wrapped.param_groups
+    def _is_dcp_init_step(self) -> bool:
+        """Return whether the step is one to initialise the state, at lr 0."""
+        return all(each.n_averaged.value == 0 for each in self._averages.values()) and all(
+            is_zero_without_sync(group.get("lr")) for group in self._wrapped.param_groups
         )
 
-    def _update(self, shares: Mapping[str, float]) -> None:
-        if not shares:
-            return
-        tensors = [*self._averaged_weights(), *self._statistics]
-        if self._skip_nonfinite and not self._stay_finite(tensors):
-            self._add_one(SKIPPED)
-            return
-        writing = [name for name in shares if self._writes_back(name)]
-        for name in writing:  # first, for the others to average what training goes on with
-            self._move(tensors, {name: shares[name]})
-            self._averages[name].write_back(tensors)
-        self._move(tensors, {name: shares[name] for name in shares if name not in writing})
-        if self._masks:
-            for name in shares:
-                self._averages[name].take(self._masks)
-
-    def _writes_back(self, name: str) -> bool:
-        return self.rules[name].writes_back(self._count(COUNT + name) + 1)
-
-    def _move(self, tensors: Sequence[Tensor], shares: Mapping[str, float]) -> None:
-        if not shares:
-            return
-        for name in shares:
-            self._forget(name, tensors)
-        gathered = self._gathered.setdefault(tuple(shares), Gathered())
-        kinds = gathered.kinds(tensors, [self._averages[name] for name in shares])
-        move_toward(kinds, list(shares.values()))
-        for name in shares:
-            self._remember(name, tensors)
-            self._add_one(COUNT + name)
-
-    def _forget(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Let the average be of the snapshots alone, if it is of as many weights as may be."""
-        snapshots = self._snapshots(name)
-        if not snapshots or (n_averaged := self._count(COUNT + name)) <= len(snapshots):
-            return
-        for i in range(len(snapshots)):
-            # Snapshot j lies at j % len, so that the oldest is the one to come next.
-            snapshot = snapshots[(n_averaged + i) % len(snapshots)]
-            self._averages[name].follow(snapshot, tensors, self._share_after(name, i))
-
-    def _remember(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Put the present weights in place of the oldest snapshot."""
-        if snapshots := self._snapshots(name):
-            snapshots[self._count(COUNT + name) % len(snapshots)].take(tensors)
-
-    def _snapshots(self, name: str) -> list[Average]:
-        """Return the snapshots of a rule, snapshot j at j modulo their number."""
-        if self.rules[name].snapshots == 0:
-            return []
-        return [self._averages[key] for key in kept_by(self.rules)[name][1:]]
-
-    def _stay_finite(self, tensors: Sequence[Tensor]) -> bool:
-        # All averages are of the same dtypes, so that the first speaks for the others.
-        return next(iter(self._averages.values())).stays_finite(tensors)
-
-    def _make_averages(self) -> None:
-        tensors = self._averaged_tensors()
-        for average in self._averages.values():
-            average.make(tensors)
-
-    def _averaged_tensors(self) -> list[Tensor]:
-        return [*self._averaged_weights(), *self._buffers]
-
-    def _averaged_weights(self) -> list[Tensor]:
-        groups = (group for group in self._wrapped.param_groups if group.get("average", True))
-        return [weight for group in groups for weight in group["params"]]
-
-    def _averaged(self, name: str) -> AbstractContextManager[None]:
-        if self._count(COUNT + name) == 0:
+    def _swapped(self, average: Average) -> AbstractContextManager[None]:
+        if average.n_averaged.value == 0:
             return nullcontext()
-        return self._averages[name].swapped(self._averaged_weights(), self._buffers)
+        return average.tensors.swapped(self._averages.weights(), self._averages.buffers)
 
     def _state_view(self) -> StateView:
         return StateView(
             wrapped=self._wrapped.state,
-            averages={AVERAGE + name: each.tensors for name, each in self._averages.items()},
-            hidden=frozenset(self._buffers),
+            averages={AVERAGE + key: each.tensors for key, each in self._averages.stores.items()},
+            hidden=frozenset(self.buffers),
             read=self._read_entry,
             write=self._write_entry,
         )
 
     def _read_entry(self, key: str, weight: Tensor) -> Tensor:
-        return self._averages[key.removeprefix(AVERAGE)].read(weight)
+        return self._averages.stores[key.removeprefix(AVERAGE)].read(weight)
 
     def _write_entry(self, key: str, weight: Tensor, value: Tensor | None) -> None:
         self._refuse_inside_swap(f"state[...][{key!r}] = ...")
-        average = self._averages[key.removeprefix(AVERAGE)]
+        store = self._averages.stores[key.removeprefix(AVERAGE)]
         if value is None:
-            average.drop(weight)
+            store.drop(weight)
         else:
             check_average(f"state[...][{key!r}]", value, weight)
-            average.load(average.homes([weight]), {weight: value})
+            store.load(store.load_targets([weight]), {weight: value})
 
-    def _one_name(self, name: str | None) -> str:
+    def _average(self, name: str | None) -> Average:
         chosen = next(iter(self.rules)) if name is None and len(self.rules) == 1 else name
         if chosen is None or chosen not in self.rules:
             names = ", ".join(map(repr, self.rules))
             raise ValueError(f"`name` must be one of {names}, got {name!r}.")
-        return chosen
+        return self._averages[chosen]
 
     def _refuse_foreign(self, model: nn.Module) -> None:
-        averaged = set(self._averaged_tensors())
+        averaged = set(self._averages.sources())
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
         if averaged.isdisjoint([*model.parameters(), *model.buffers()]):
@@ -689,9 +571,9 @@ class AveragingOptimizer(Optimizer):
             )
 
     def _refuse_inside_swap(self, call: str) -> None:
-        for name, average in self._averages.items():
+        for average in self._averages.values():
             if average.is_swapped:
                 raise RuntimeError(
-                    f"`{call}` is not allowed inside `swap_to_averaged({name!r})`. "
+                    f"`{call}` is not allowed inside `swap_to_averaged({average.name!r})`. "
                     "Leave its block first."
                 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
-from averaging_optim._rules import Rule, check_integer
+from averaging_optim._checks import check_integer
+from averaging_optim._rules import Rule
 
 
 @dataclass(frozen=True)

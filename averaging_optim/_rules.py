@@ -6,7 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
-from numbers import Integral, Real
+
+from averaging_optim._checks import check_bool, check_integer, check_real
 
 
 @dataclass(frozen=True)
@@ -592,31 +593,3 @@ class Formula(Rule):
 
     def weight(self, n_averaged: int) -> float:
         return self.function(n_averaged) if n_averaged > 0 else 1.0
-
-
-def check_bool(argument: str, value: object) -> None:
-    """Raise unless the value is a bool."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`{argument}` must be True or False, got {value!r}.")
-
-
-def check_integer(argument: str, value: object, at_least: int) -> None:
-    """Raise unless the value is an integer (no bool) that is large enough, and fits 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"`{argument}` must be an integer, got {value!r}.")
-    if value < at_least:
-        raise ValueError(f"`{argument}` must be at least {at_least}, got {value}.")
-    if int(value) >= 2**63:
-        raise ValueError(f"`{argument}` must be less than 2**63, got {value}.")
-
-
-def check_real(argument: str, value: object, interval: str) -> None:
-    """Raise unless the value is a number in the interval, such as "[0, 1]" or "(0, ∞)"."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{argument}` must be a number in {interval}, got {value!r}.")
-    low, high = (float(bound.replace("∞", "inf")) for bound in interval[1:-1].split(", "))
-    number = float(value)
-    is_above = low <= number if interval[0] == "[" else low < number
-    is_below = number <= high if interval[-1] == "]" else number < high
-    if not (is_above and is_below):
-        raise ValueError(f"`{argument}` must be in {interval}, got {value}.")

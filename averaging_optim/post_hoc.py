@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from averaging_optim._checkpoint import COUNT, Checkpoint, kept_by, read_checkpoint
+from averaging_optim._averages.average import store_keys
+from averaging_optim._averages.averages import COUNT
+from averaging_optim._averages.moving import has_infinity, numeric_kind
+from averaging_optim._checkpoints.format import Checkpoint, read_checkpoint
 from averaging_optim._optimizer import AveragingOptimizer
 from averaging_optim._rules import PowerEMA
-from averaging_optim._tensors import has_infinity, kind_of
 
 AnyCheckpoint = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -196,12 +198,12 @@ def _read(
         )
     if len(checkpoints) == 0:
         raise ValueError("`checkpoints` must hold at least one, got none.")
-    kept = kept_by(optimizer.rules)
+    keys = {name: store_keys(name, rule) for name, rule in optimizer.rules.items()}
     for i, each in enumerate(checkpoints):
         state_dict = _state_dict(each)
         try:
             checkpoint = read_checkpoint(
-                state_dict, optimizer.param_groups, optimizer.buffers, kept
+                state_dict, optimizer.param_groups, optimizer.buffers, keys
             )
         except ValueError as error:
             raise ValueError(f"`checkpoints[{i}]` must fit `optimizer`: {error}") from error
@@ -218,7 +220,7 @@ def _state_dict(checkpoint: AnyCheckpoint) -> Any:
 
 def _plus(sum_: Tensor | None, average: Tensor, factor: float) -> Tensor:
     """Return sum + factor · average in double precision; the latest of integers and masks."""
-    if kind_of(average) == "integer" or has_infinity(average):
+    if numeric_kind(average) == "integer" or has_infinity(average):
         return average.clone()
     double = torch.complex128 if average.is_complex() else torch.float64
     average = average.to("cpu", double)

@@ -27,7 +27,8 @@ from training import (
     values,
 )
 
-from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Formula, Rule, _tensors
+from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Formula, Rule
+from averaging_optim._averages import moving
 
 STEPS = 12
 
@@ -431,7 +432,7 @@ def test_averages_of_tensors_of_all_sizes_and_layouts_are_the_same_in_pieces(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three averages are moved together, so that weights are cut up; one alone is not."""
-    monkeypatch.setattr(_tensors, "_PIECES", {"cpu": 100})
+    monkeypatch.setattr(moving, "_PIECES", {"cpu": 100})
     torch.manual_seed(0)
     shapes = [(), (0, 3), (7,), (1, 250), (40, 30), (3, 1, 90), (2, 3, 5, 7), (99,), (101,)]
     weights = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]

@@ -29,14 +29,15 @@ from training import (
     values,
 )
 
-from averaging_optim import EMA, AveragingOptimizer, _tensors
+from averaging_optim import EMA, AveragingOptimizer
+from averaging_optim._averages import moving
 
 Run = tuple[nn.Sequential, AveragingOptimizer]
 
 
 @pytest.fixture(autouse=True)
 def weights_are_exchanged_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tensors, "SCRATCH_BYTES", 16)
+    monkeypatch.setattr(moving, "SCRATCH_BYTES", 16)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from averaging_optim._tensors import is_known_zero
+from averaging_optim._averages.moving import is_zero_without_sync
 
 
 @pytest.mark.parametrize(
@@ -22,4 +22,4 @@ from averaging_optim._tensors import is_known_zero
     ],
 )
 def test_a_number_on_a_device_is_not_waited_for(number: float | Tensor | None, known: bool) -> None:
-    assert is_known_zero(number) is known
+    assert is_zero_without_sync(number) is known

@@ -10,20 +10,20 @@ from types import FrameType
 
 
 @contextmanager
-def in_one_piece(context: AbstractContextManager[None]) -> Iterator[None]:
+def signals_deferred_around(context: AbstractContextManager[None]) -> Iterator[None]:
     """Enter and leave the context without being interrupted; its body may be."""
     stack = ExitStack()
     try:
-        with uninterrupted():
+        with signals_deferred():
             stack.enter_context(context)
         yield
     finally:
-        with uninterrupted():
+        with signals_deferred():
             stack.close()
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Let every signal that has a handler in Python wait until the block is left.
 
     Python runs such handlers in its main thread, between any two instructions. Some

@@ -13,27 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from averaging_optim._averages.sharding import all_ranks_agree, local_parts, sharding_of
+
 SCRATCH_BYTES = 4 * 2**20
 
 # Elements of the weights that are worked on at once where they are read more than once: on a CPU
 # they stay in its last cache, elsewhere they bound the memory for conversions.
 _PIECES = {"cpu": 2**20}
 
+# One for each dtype and device: weights, followed by lists of their averages.
+TensorGroups = list[list[list[Tensor]]]
+
 _Block = tuple[Tensor, Tensor, Tensor]
 
 
-def kind_of(tensor: Tensor) -> str:
+def numeric_kind(tensor: Tensor) -> str:
     """Return the kind of number held: values move between tensors of one kind alone."""
     if tensor.is_complex():
         return "complex"
     return "floating-point" if tensor.is_floating_point() else "integer"
-
-
-def layout_of(tensor: Tensor) -> Any:
-    """Return how a DTensor is spread over its devices, None for a tensor of one device."""
-    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
-        return tensor.device_mesh, tensor.placements
-    return None
 
 
 def has_infinity(tensor: Tensor) -> bool:
@@ -43,7 +41,7 @@ def has_infinity(tensor: Tensor) -> bool:
     return not tensor.is_meta and bool(wide.isinf().any())
 
 
-def are_alike(first: Tensor, second: Tensor) -> bool:
+def same_dtype_and_device(first: Tensor, second: Tensor) -> bool:
     """Return whether both have one dtype and device, so that either can hold the other."""
     return first.dtype == second.dtype and first.device == second.device
 
@@ -57,31 +55,31 @@ def new_average(tensor: Tensor, dtype: torch.dtype | None, device: torch.device 
     return average.copy_(tensor)
 
 
-def by_kind(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
+def group_by_dtype_and_device(*lists: Sequence[Tensor]) -> Iterator[list[list[Tensor]]]:
     """Part the tensors of all lists alike by dtypes and devices, as foreach kernels want them."""
-    local = [_local(tensors) for tensors in lists]
+    local = [local_parts(tensors) for tensors in lists]
     columns = ([(each.dtype, each.device) for each in tensors] for tensors in local)
-    kinds = list(zip(*columns, strict=True))
-    for kind in dict.fromkeys(kinds):
-        chosen = [each == kind for each in kinds]
+    keys = list(zip(*columns, strict=True))
+    for key in dict.fromkeys(keys):
+        chosen = [each == key for each in keys]
         yield [list(compress(tensors, chosen)) for tensors in local]
 
 
 @torch.no_grad()
-def move_toward(kinds: Iterable[Sequence[list[Tensor]]], shares: Sequence[float]) -> None:
+def move_toward(groups: Iterable[list[list[Tensor]]], shares: Sequence[float]) -> None:
     """average ← average + share · (weight − average), in the dtypes of the averages.
 
     A share of 1 copies, so that a first average may lie in uninitialised or non-finite
     memory; integer tensors are always copied.
 
     Args:
-        kinds: lists of weights, each followed by a list of averages for each share.
+        groups: see `TensorGroups`, with as many lists of averages as there are shares.
     """
-    for weights, *averages in kinds:
-        is_copied = kind_of(weights[0]) == "integer"
-        for present, *parts in _read_once(weights, averages):
+    for weights, *averages in groups:
+        is_copied = numeric_kind(weights[0]) == "integer"
+        for present, *parts in _cache_sized_pieces(weights, averages):
             for part, share in zip(parts, shares, strict=True):
-                present = _as(part, present)
+                present = _converted_like(part, present)
                 if is_copied or share == 1:
                     torch._foreach_copy_(part, present)
                 else:
@@ -94,14 +92,14 @@ def stay_finite(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     So they are if no weight is above a quarter of the largest number of its average's
     dtype: no difference overflows then. Reads the weights once, and waits for the device.
     """
-    kinds: dict[tuple[torch.dtype, Any], list[Tensor]] = defaultdict(list)
+    groups: dict[tuple[torch.dtype, Any], list[Tensor]] = defaultdict(list)
     for average, weight in zip(averages, weights, strict=True):
-        if kind_of(average) != "integer":
-            kinds[average.dtype, layout_of(weight)] += _local([weight])
+        if numeric_kind(average) != "integer":
+            groups[average.dtype, sharding_of(weight)] += local_parts([weight])
     # All verdicts before the answer, as other ranks wait in each.
     verdicts = [
-        _all_ranks_say(_largest(tensors) <= torch.finfo(dtype).max / 4, layout)
-        for (dtype, layout), tensors in kinds.items()
+        all_ranks_agree(_largest(tensors) <= torch.finfo(dtype).max / 4, sharding)
+        for (dtype, sharding), tensors in groups.items()
     ]
     return all(verdicts)
 
@@ -109,7 +107,7 @@ def stay_finite(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
 @torch.no_grad()
 def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source's values into its target, converting where they differ."""
-    for group, values in by_kind(targets, sources):
+    for group, values in group_by_dtype_and_device(targets, sources):
         torch._foreach_copy_(group, values)
 
 
@@ -130,7 +128,7 @@ def exchanged(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[N
 
 
 @contextmanager
-def followed(tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Iterator[None]:
+def restored_if_moved(tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Iterator[None]:
     """On leaving, copy what the memory of tensors holds to those that have got another."""
     try:
         yield
@@ -141,12 +139,12 @@ def followed(tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Iterator[No
 
 
 @contextmanager
-def replaced(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[None]:
+def overwritten_until_exit(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[None]:
     """Let the targets hold the sources' values until the block is left.
 
     Needs a backup of all targets; the sources are only read.
     """
-    backups = [independent(target) for target in targets]
+    backups = [detached_copy(target) for target in targets]
     try:
         copy_into(targets, sources)
         yield
@@ -154,12 +152,12 @@ def replaced(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[N
         copy_into(targets, backups)
 
 
-def independent(tensor: Tensor) -> Tensor:
+def detached_copy(tensor: Tensor) -> Tensor:
     """Return a copy that shares neither memory nor graph."""
     return tensor.detach().clone()
 
 
-def is_known_zero(number: float | Tensor | None) -> bool:
+def is_zero_without_sync(number: float | Tensor | None) -> bool:
     """Return whether the number is 0, as far as the host knows without synchronising."""
     if isinstance(number, Tensor) and number.device.type != "cpu":
         return False
@@ -167,7 +165,7 @@ def is_known_zero(number: float | Tensor | None) -> bool:
 
 
 def _average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    if kind_of(tensor) == "integer":
+    if numeric_kind(tensor) == "integer":
         return tensor.dtype
     if dtype is None:
         # An average of 16 bits stands still: its increments are lost to rounding.
@@ -175,26 +173,20 @@ def _average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype.to_complex() if tensor.is_complex() else dtype
 
 
-def _local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return this rank's part of each DTensor, in the same memory; other tensors as they are."""
-    # By name, as importing DTensor takes half a second and not every torch is built with it.
-    return [each.to_local() if hasattr(each, "to_local") else each for each in tensors]
-
-
-def _read_once(
+def _cache_sized_pieces(
     weights: list[Tensor], averages: Sequence[list[Tensor]]
 ) -> Iterator[Sequence[list[Tensor]]]:
     """Cut lists alike so that a piece of the weights is in cache for all that is done with it."""
-    if len(averages) == 1 and are_alike(weights[0], averages[0][0]):
+    if len(averages) == 1 and same_dtype_and_device(weights[0], averages[0][0]):
         yield weights, *averages
     else:
         yield from _bundles([weights, *averages], _PIECES.get(weights[0].device.type, 2**24))
 
 
-def _as(averages: Sequence[Tensor], weights: list[Tensor]) -> list[Tensor]:
+def _converted_like(averages: Sequence[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """Return the weights in the dtype and on the device of their averages."""
     # _foreach_lerp_ refuses to mix.
-    if are_alike(weights[0], averages[0]):
+    if same_dtype_and_device(weights[0], averages[0]):
         return weights
     return [weight.to(average) for weight, average in zip(weights, averages, strict=True)]
 
@@ -232,26 +224,13 @@ def _largest(tensors: Iterable[Tensor]) -> float:
     return get_total_norm([each for each in tensors if each.numel()], math.inf).item()
 
 
-def _all_ranks_say(verdict: bool, layout: Any) -> bool:
-    """Return whether the ranks that share tensors of this layout all come to this verdict."""
-    if layout is None:
-        return verdict
-    # Imported here, as it takes half a second. A verdict and not the largest number is reduced,
-    # for a maximum over ranks may pass over NaN.
-    from torch.distributed.tensor import DTensor, Partial
-
-    mesh, _ = layout
-    votes = DTensor.from_local(torch.tensor(verdict).int(), mesh, [Partial("min")] * mesh.ndim)
-    return bool(votes.full_tensor())
-
-
 def _share_memory(first: Tensor, second: Tensor) -> bool:
-    here, there = _local([first, second])
+    here, there = local_parts([first, second])
     return here.data_ptr() == there.data_ptr()
 
 
 def _blocks(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[_Block]:
-    for group, partners in by_kind(firsts, seconds):
+    for group, partners in group_by_dtype_and_device(firsts, seconds):
         limit = SCRATCH_BYTES // group[0].element_size()
         largest = max(tensor.numel() for tensor in group)
         scratch = group[0].new_empty(min(limit, largest))

@@ -1,0 +1,29 @@
+"""Copies of weights that torch computes with, invalidated when a swap changes the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from averaging_optim._averages.sharding import reshard_modules, sharding_of
+
+
+@contextmanager
+def caches_invalidated(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Drop the copies of these weights on entering and on leaving."""
+    is_sharded = any(sharding_of(weight) is not None for weight in weights)
+    _drop_copies(is_sharded)
+    try:
+        yield
+    finally:
+        _drop_copies(is_sharded)
+
+
+def _drop_copies(is_sharded: bool) -> None:
+    # Autocast keeps weights in lower precision until its block is left.
+    torch.clear_autocast_cache()
+    if is_sharded:
+        reshard_modules()

@@ -1,0 +1,46 @@
+"""What is known of DTensor and FSDP: tensors that are spread over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sharding_of(tensor: Tensor) -> Any:
+    """Return how a DTensor is spread over its devices, None for a tensor of one device."""
+    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+        return tensor.device_mesh, tensor.placements
+    return None
+
+
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each DTensor, in the same memory; other tensors as they are."""
+    # By name, as importing DTensor takes half a second and not every torch is built with it.
+    return [each.to_local() if hasattr(each, "to_local") else each for each in tensors]
+
+
+def all_ranks_agree(verdict: bool, sharding: Any) -> bool:
+    """Return whether the ranks that share tensors of this sharding all come to this verdict."""
+    if sharding is None:
+        return verdict
+    # Imported here, as it takes half a second. A verdict and not the largest number is reduced,
+    # for a maximum over ranks may pass over NaN.
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh, _ = sharding
+    votes = DTensor.from_local(torch.tensor(verdict).int(), mesh, [Partial("min")] * mesh.ndim)
+    return bool(votes.full_tensor())
+
+
+def reshard_modules() -> None:
+    """Let FSDP gather its weights again: after a forward alone, the root keeps them gathered."""
+    # Imported here, as few programs need it and it takes half a second.
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    # A sharded weight does not know its module; this is torch's own list of those there are.
+    for module in [each for each in _module_state_mapping if isinstance(each, FSDPModule)]:
+        module.reshard()

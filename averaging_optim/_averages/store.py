@@ -1,0 +1,176 @@
+"""Where tensors that hold averages are kept: made once, and written into ever after."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from averaging_optim._averages.caches import caches_invalidated
+from averaging_optim._averages.moving import (
+    TensorGroups,
+    copy_into,
+    detached_copy,
+    exchanged,
+    group_by_dtype_and_device,
+    move_toward,
+    new_average,
+    overwritten_until_exit,
+    restored_if_moved,
+    same_dtype_and_device,
+    stay_finite,
+)
+from averaging_optim._averages.sharding import sharding_of
+
+
+class TensorStore:
+    """Weight or buffer → the tensor that holds its average, or a snapshot of it.
+
+    changes: how often a tensor has been replaced or dropped, or made for other sources.
+
+    Args:
+        dtype: of the tensors; None takes that of each source, at least float32.
+        device: of the tensors; None takes that of each source.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        self.tensors: dict[Tensor, Tensor] = {}
+        self.changes = 0
+        self._dtype = dtype
+        self._device = device
+        self._made_for: list[Tensor] = []
+        self._held: dict[Tensor, Tensor] = {}
+
+    def make(self, sources: Sequence[Tensor]) -> None:
+        """Start a tensor at the present values of each source that has none."""
+        if are_identical(sources, self._made_for):
+            return
+        new = [source for source in sources if source not in self.tensors]
+        self._keep({source: new_average(source, self._dtype, self._device) for source in new})
+        self._made_for = list(sources)
+
+    def drop(self, source: Tensor) -> None:
+        """Keep no tensor of the source; no effect if there is none."""
+        self.tensors.pop(source, None)
+        self.changes += 1
+        self._made_for = []
+
+    def stays_finite(self, sources: Sequence[Tensor]) -> bool:
+        """Return whether an update toward the sources' present values keeps averages finite."""
+        return stay_finite([self.tensors[source] for source in sources], sources)
+
+    def copy_from(self, sources: Sequence[Tensor]) -> None:
+        """Copy the sources' present values."""
+        copy_into([self.tensors[source] for source in sources], sources)
+
+    def copy_to(self, sources: Sequence[Tensor]) -> None:
+        """Let the sources have the values kept of them. Inverse of `copy_from`."""
+        copy_into(sources, [self.tensors[source] for source in sources])
+
+    def move_toward_other(
+        self, other: TensorStore, sources: Sequence[Tensor], share: float
+    ) -> None:
+        """average ← average + share · (other − average), for these sources."""
+        others = [other.tensors[source] for source in sources]
+        kept = [self.tensors[source] for source in sources]
+        move_toward(group_by_dtype_and_device(others, kept), [share])
+
+    @contextmanager
+    def swapped(self, weights: Iterable[Tensor], buffers: Iterable[Tensor]) -> Iterator[None]:
+        """Let weights and buffers hold their averages until the block is left."""
+        weights = [weight for weight in weights if weight in self.tensors]
+        alike = [each for each in weights if same_dtype_and_device(each, self.tensors[each])]
+        # Averages of buffers stay: update_bn in the block must not reach them.
+        others = [each for each in weights if not same_dtype_and_device(each, self.tensors[each])]
+        others += [buffer for buffer in buffers if buffer in self.tensors]
+        # The memory that holds the averages meanwhile: `Module.to` would give a weight another.
+        held = {weight: weight.detach() for weight in alike}
+        with (
+            overwritten_until_exit(others, [self.tensors[other] for other in others]),
+            restored_if_moved(alike, list(held.values())),
+            exchanged(list(held.values()), [self.tensors[weight] for weight in alike]),
+            caches_invalidated(weights),
+        ):
+            self._held = held
+            try:
+                yield
+            finally:
+                self._held = {}
+
+    def read(self, source: Tensor) -> Tensor:
+        """Return what is kept of a source, a copy if the source's memory now holds it."""
+        return detached_copy(self._held[source]) if source in self._held else self.tensors[source]
+
+    def load_targets(self, sources: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+        """Return the tensors to load values into: the present ones where they can serve."""
+        return {source: self._load_target(source) for source in sources}
+
+    def load(self, targets: Mapping[Tensor, Tensor], values: Mapping[Tensor, Tensor]) -> None:
+        """Copy the values into their targets, and keep these."""
+        copy_into(list(targets.values()), [values[source] for source in targets])
+        self._keep(targets)
+
+    def _keep(self, tensors: Mapping[Tensor, Tensor]) -> None:
+        self.tensors.update(tensors)
+        self.changes += 1
+
+    def _load_target(self, source: Tensor) -> Tensor:
+        kept = self.tensors.get(source)
+        if kept is not None and kept.device == (self._device or source.device):
+            return kept
+        return new_average(source, self._dtype, self._device)
+
+
+class GroupedTensors:
+    """The tensors of an update as kernels want them, until one of them is another.
+
+    To group a thousand small tensors takes longer than to average them. A copy is empty.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[object, ...] = ()
+        self._groups: TensorGroups = []
+
+    def __reduce__(self) -> tuple[type[GroupedTensors], tuple[()]]:
+        return GroupedTensors, ()
+
+    def groups(self, sources: Sequence[Tensor], stores: Sequence[TensorStore]) -> TensorGroups:
+        """Return the sources, and what these stores keep of them.
+
+        Args:
+            sources: those that the stores have last made tensors for.
+        """
+        changes = [(store, store.changes) for store in stores]
+        # `Module.to` and `tensor.data = ...` change these two.
+        of = changes, [each.dtype for each in sources], [each.device for each in sources]
+        if of != self._of:
+            kept = [[store.tensors[source] for source in sources] for store in stores]
+            self._groups = list(group_by_dtype_and_device(sources, *kept))
+            # FSDP gives a DTensor another local tensor, which does not show.
+            self._of = () if any(sharding_of(each) for each in sources) else of
+        return self._groups
+
+
+def copy_if_aliased(
+    values: Mapping[str, Mapping[Tensor, Tensor]],
+    targets: Mapping[str, Mapping[Tensor, Tensor]],
+    stores: Iterable[TensorStore],
+) -> dict[str, dict[Tensor, Tensor]]:
+    """Return the values for these targets; those that are another target now, as copies."""
+    kept = {id(each) for store in stores for each in store.tensors.values()}
+
+    def apart(value: Tensor, target: Tensor) -> Tensor:
+        return detached_copy(value) if id(value) in kept and value is not target else value
+
+    return {
+        name: {source: apart(value, targets[name][source]) for source, value in each.items()}
+        for name, each in values.items()
+    }
+
+
+def are_identical(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Return whether both hold the same tensors, not just equal ones."""
+    return len(first) == len(second) and all(map(operator.is_, first, second))

@@ -1,0 +1,1 @@
+"""Averages in state dicts: of an optimizer, and of a model."""
