@@ -5,9 +5,10 @@ OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyprojec
 # Thousands of cases, a million updates and whole runs, which tracing slows and which cover nothing
 # more.
 UNTRACED := tests/test_optim_db.py tests/test_life.py tests/test_long_life.py
-UNTRACED += tests/test_notebooks.py
+UNTRACED += tests/test_notebooks.py tests/test_third_party.py
 
-.PHONY: bench demo docs notebooks random-labels test soak test-oldest test-newest clean
+.PHONY: bench demo docs notebooks random-labels test soak test-optimizers test-oldest test-newest
+.PHONY: clean
 
 demo: .venv/ready
 	$(BIN)/python examples/digits.py --picture examples/digits.png
@@ -39,6 +40,10 @@ bench: .venv/ready
 soak: .venv/ready
 	$(BIN)/pytest --hypothesis-profile soak tests/test_life.py
 
+# Every optimizer of eleven packages, of which `test` takes twenty, and a table of the results.
+test-optimizers: .venv-optimizers/ready
+	.venv-optimizers/bin/pytest --quiet -rN tests/test_third_party.py --all-optimizers
+
 # The oldest torch that is declared and the newest there is, with whatever versions pip takes.
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/pytest
@@ -51,6 +56,12 @@ test-newest: .venv-newest/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,docs,notebooks,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
+	touch $@
+
+.venv-optimizers/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-optimizers
+	.venv-optimizers/bin/pip install --quiet --constraint constraints.txt --editable '.[optimizers,test]'
+	.venv-optimizers/bin/pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@
 
 .venv-oldest/ready: pyproject.toml

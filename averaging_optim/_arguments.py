@@ -17,10 +17,20 @@ AnyRule = Rule | Callable[[int], float]
 
 
 def check_optimizer(optimizer: object) -> None:
-    """Raise unless this is a torch optimizer with sound `average` flags."""
-    if not isinstance(optimizer, Optimizer):
+    """Raise unless this can be used as a torch optimizer, and has sound `average` flags."""
+    # Some are optimizers in all but their class, such as schedulefree's ScheduleFreeWrapper.
+    methods = ("step", "zero_grad", "state_dict", "load_state_dict")
+    if isinstance(optimizer, type) or not all(
+        callable(getattr(optimizer, m, None)) for m in methods
+    ):
         raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}.")
-    for group in optimizer.param_groups:
+    groups = getattr(optimizer, "param_groups", None)
+    if not isinstance(groups, list):
+        raise TypeError(
+            "`optimizer` must have `param_groups`, which say what to average, got a "
+            f"{type(optimizer).__name__} with {groups!r}. Wrap the optimizer inside it instead."
+        )
+    for group in groups:
         check_group(group)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral, Real
+from typing import Any
 
 
 def check_bool(argument: str, value: object) -> None:
@@ -31,3 +33,18 @@ def check_real(argument: str, value: object, interval: str) -> None:
     is_below = number <= high if interval[-1] == "]" else number < high
     if not (is_above and is_below):
         raise ValueError(f"`{argument}` must be in {interval}, got {value}.")
+
+
+def checked_mapping(entry: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"`{entry}` must be a dict, got {short_repr(value)}.")
+    return value
+
+
+def short_repr(value: object) -> str:
+    """Return a value as an error shows it: cut short, and its type if it has no repr."""
+    try:
+        text = repr(value)
+    except Exception:  # such as that of an int of more than 4300 digits
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar, overload
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +24,20 @@ from averaging_optim._arguments import (
 )
 from averaging_optim._averages.average import Average
 from averaging_optim._averages.averages import Averages
-from averaging_optim._averages.moving import detached_copy, is_zero_without_sync
+from averaging_optim._averages.moving import detached_copy
 from averaging_optim._averages.signals import signals_deferred_around
+from averaging_optim._averages.steps import is_init_step, share_scaler_state, took_no_step
 from averaging_optim._averages.store import copy_if_aliased
-from averaging_optim._checkpoints.entries import check_average
 from averaging_optim._checkpoints.exports import read_exported
 from averaging_optim._checkpoints.format import (
-    AVERAGE,
     load_or_roll_back,
     read_checkpoint,
     write_checkpoint,
 )
 from averaging_optim._checks import check_bool, check_integer
 from averaging_optim._rules import Rule
-from averaging_optim._state import StateView
+from averaging_optim._signatures import shows_signature_of_wrapped
+from averaging_optim._warnings import warn_user
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Result = TypeVar("_Result")
@@ -45,9 +46,12 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 # Counters change with every step, and a compiled graph would hold them as constants.
 _uncompiled: Callable[[_Function], _Function] = torch.compiler.disable
 
-# Kept by the wrapped optimizer, whoever sets them. GradScaler hands the last two to the
-# optimizer it is given (torch/amp/grad_scaler.py, `step`), fused kernels read their own.
-_FORWARDED = frozenset({"defaults", "param_groups", "grad_scale", "found_inf"})
+# Set by GradScaler, also on an optimizer that has no such attributes yet, and read by fused
+# kernels (torch/amp/grad_scaler.py, `step`).
+_SET_BY_GRAD_SCALER = frozenset({"grad_scale", "found_inf"})
+
+# Wrapped optimizer → its wrapper.
+_wrappers: WeakKeyDictionary[Any, ReferenceType[AveragingOptimizer]] = WeakKeyDictionary()
 
 
 class AveragingOptimizer(Optimizer):
@@ -62,10 +66,18 @@ class AveragingOptimizer(Optimizer):
     saved, loaded, sharded and moved with the optimizer's state.
 
     A parameter group with `average=False` is neither averaged nor swapped. Averages are
-    made after the first step, beside the weights as they are then. While nothing has
-    been averaged, a step in which the `lr` of every group is 0 does not count:
-    torch.distributed.checkpoint takes one to initialise the state. Nor does a step
-    that GradScaler skips; with `fused=True` finding that out waits for the device.
+    made after the first step, beside the weights as they are then.
+
+    Only steps that are taken count: not those that GradScaler skips (with `fused=True`
+    finding that out waits for the device), nor calls by which Accelerate, opacus or optimi
+    accumulate gradients, nor a step at lr 0 with all gradients 0, by which
+    torch.distributed.checkpoint initialises the state. If weights are trained past `step`,
+    you are warned once, when you first use an average that lacks them.
+
+    Attributes that aren't listed here are those of the wrapped optimizer, to read and to
+    write. `state` is torch's `defaultdict(dict)` with `averaged_<name>` in each entry: an
+    entry that you move to another parameter takes its averages along, and removing entries
+    resets what the wrapped optimizer keeps, while averages go on.
 
     An average stands still where share · (weights − average) is below half an ulp of it.
     In float32 it is off by at most 6e-8 / (1 − decay) of the largest weight for EMA, and
@@ -73,7 +85,8 @@ class AveragingOptimizer(Optimizer):
     float64 (`dtype`) these bounds are 5e8 times lower.
 
     Args:
-        optimizer: any torch optimizer; it is used, not copied.
+        optimizer: any torch optimizer, or what has its methods and `param_groups`; it is
+            used, not copied. Wrapping it again begins anew, and ends the former wrapper.
         rule: what to average, or a mapping name → rule to keep several averages. A
             rule alone is named after its class in lower case. A function of the number
             of updates so far is a rule too (see `Formula`), named as it is.
@@ -94,6 +107,7 @@ class AveragingOptimizer(Optimizer):
     Raises:
         TypeError: an argument is of the wrong type.
         ValueError: an argument has the right type and a wrong value.
+        RuntimeError: the optimizer is wrapped, and inside a `swap_to_averaged`.
 
     Example:
         >>> import torch
@@ -125,16 +139,20 @@ class AveragingOptimizer(Optimizer):
         if isinstance(optimizer, AveragingOptimizer):
             raise TypeError("`optimizer` must not be an AveragingOptimizer. Pass it all rules.")
         check_optimizer(optimizer)
+        if former := _former_averages(optimizer):
+            former.refuse_inside_swap("AveragingOptimizer(...)")
         rules = checked_rules(rule)
         unique_buffers = checked_buffers(buffers, optimizer)
         dtype, device = checked_dtype(dtype), checked_device(device)
         check_bool("skip_nonfinite", skip_nonfinite)
         averages = Averages(rules, optimizer, unique_buffers, dtype, device, skip_nonfinite)
+        if former:
+            former.is_superseded = True
         # `Optimizer.__init__` would make parameter groups; this makes hooks and nothing else.
         self.__setstate__({"_wrapped": optimizer, "_averages": averages})
 
     @property
-    def optimizer(self) -> Optimizer:
+    def wrapped(self) -> Optimizer:
         """The optimizer that is wrapped."""
         return self._wrapped
 
@@ -152,26 +170,42 @@ class AveragingOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @overload
+    def step(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    @shows_signature_of_wrapped
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Take a step of the wrapped optimizer, then average by each rule that is due.
 
         Args:
-            closure: reevaluates the model and returns the loss.
+            args, kwargs: of the wrapped optimizer's `step`, such as `closure`.
+
+        Returns:
+            what the wrapped optimizer returns.
 
         Raises:
             RuntimeError: inside `swap_to_averaged`.
             ValueError: a rule gives a weight outside [0, 1]; no step has been taken.
         """
-        self._refuse_inside_swap("step")
-        shares = self._shares_after_step()
-        loss = self._wrapped.step(closure) if closure else self._wrapped.step()
-        self._average_after_step(shares)
-        return loss
+        self._averages.refuse_inside_swap("step")
+        if self._optimizer_step_pre_hooks:
+            args, kwargs = self._with_pre_hooks(args, kwargs)
+        shares = self._before_step(kwargs)
+        result = self._wrapped.step(*args, **kwargs)
+        self._after_step(shares, kwargs)
+        # The wrapped step has run those that are global, and the profiler's range.
+        for post_hook in self._optimizer_step_post_hooks.values():
+            post_hook(self, args, kwargs)
+        return result
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the wrapped optimizer does."""
-        self._wrapped.zero_grad(set_to_none)
+    @shows_signature_of_wrapped
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Reset the gradients, as the wrapped optimizer does.
+
+        Args:
+            args, kwargs: of the wrapped optimizer's `zero_grad`, such as `set_to_none`.
+        """
+        self._wrapped.zero_grad(*args, **kwargs)
 
     @contextmanager
     def swap_to_averaged(self, name: str | None = None) -> Iterator[None]:
@@ -212,7 +246,8 @@ class AveragingOptimizer(Optimizer):
         if average.is_swapped:
             yield
             return
-        self._refuse_inside_swap(f"swap_to_averaged({average.name!r})")
+        self._tell_if_trained_past(average)
+        self._averages.refuse_inside_swap(f"swap_to_averaged({average.name!r})")
         average.is_swapped = True
         try:
             with signals_deferred_around(self._swapped(average)):
@@ -247,7 +282,7 @@ class AveragingOptimizer(Optimizer):
             >>> optimizer.evaluate_averages(weight.item)
             {'weights': 4.0, 'fast': 2.0, 'mean': 2.0}
         """
-        self._refuse_inside_swap("evaluate_averages")
+        self._averages.refuse_inside_swap("evaluate_averages")
         if "weights" in self.rules:
             raise ValueError("`rules` must name no average 'weights', the key of the weights.")
         results = {"weights": evaluate()}
@@ -269,11 +304,10 @@ class AveragingOptimizer(Optimizer):
             ValueError: there is no average of this name.
             RuntimeError: inside `swap_to_averaged`.
         """
-        self._refuse_inside_swap("update_averages")
+        self._averages.refuse_inside_swap("update_averages")
         averages = self._averages.values() if name is None else [self._average(name)]
-        shares = {average: average.share() for average in averages}
-        self._averages.make()
-        self._averages.update(shares)
+        self._averages.update({average: average.share() for average in averages})
+        self._averages.note_update()
 
     def averaged_model(self, model: _Model, name: str | None = None) -> _Model:
         """Return a copy of the model whose parameters are the averages.
@@ -304,6 +338,7 @@ class AveragingOptimizer(Optimizer):
         """
         average = self._average(name)
         self._refuse_foreign(model)
+        self._tell_if_trained_past(average)
         self._averages.make()
         memo: dict[int, Any] = {
             id(source): nn.Parameter(kept, requires_grad=False)
@@ -377,7 +412,7 @@ class AveragingOptimizer(Optimizer):
             >>> optimizer.averaged_state_dict(model)["weight"]
             tensor([[1., 1.]])
         """
-        self._refuse_inside_swap("load_averaged_state_dict")
+        self._averages.refuse_inside_swap("load_averaged_state_dict")
         average = self._average(name)
         check_integer("n_averaged", n_averaged, at_least=1)
         weights, buffers = self._averages.weights(), self._averages.buffers
@@ -400,11 +435,10 @@ class AveragingOptimizer(Optimizer):
             TypeError: `average` is not a bool, or torch refuses the group.
             ValueError: torch refuses the group.
         """
-        self._refuse_inside_swap("add_param_group")
+        self._averages.refuse_inside_swap("add_param_group")
         check_group(param_group)
         self._wrapped.add_param_group(param_group)
-        for counter in self._averages.counters():
-            counter.value = counter.value
+        self._averages.spread_counters()
         if any(store.tensors for store in self._averages.stores.values()):
             self._averages.make()
 
@@ -416,13 +450,16 @@ class AveragingOptimizer(Optimizer):
         `n_averaged_<name>` for each rule. Averaged buffers are in
         `averaged_buffers[<name>]`, in the order they were given. Tensors are referenced,
         not copied; averages that change places inside `swap_to_averaged` are copied there.
+        If the wrapped optimizer's state dict has a format of its own, it is saved as it is,
+        with averages and counters under "averaging_optim".
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        stores = self._averages.stores
-        state_dict = write_checkpoint(
-            self._wrapped.state_dict(), self._wrapped.param_groups, self.buffers, stores
-        )
+        self._averages.refuse_if_superseded("state_dict")
+        self._averages.mend()
+        self._averages.spread_counters()
+        groups, stores = self._wrapped.param_groups, self._averages.stores
+        state_dict = write_checkpoint(self._wrapped.state_dict(), groups, self.buffers, stores)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -441,7 +478,7 @@ class AveragingOptimizer(Optimizer):
             ValueError: an entry does not fit; the message names it.
             RuntimeError: inside `swap_to_averaged`.
         """
-        self._refuse_inside_swap("load_state_dict")
+        self._averages.refuse_inside_swap("load_state_dict")
         state_dict = copy.copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
@@ -457,101 +494,123 @@ class AveragingOptimizer(Optimizer):
             stores[key].load(targets[key], values)
         for counter in self._averages.counters():
             counter.value = checkpoint.counters[counter.key]
+        self._averages.note_state()
         if checkpoint.missing:
             missing = ", ".join(checkpoint.missing)
-            warnings.warn(
-                f"The state dict has no average for {missing}: averaging starts afresh.",
-                stacklevel=2,
-            )
+            warn_user(f"The state dict has no average for {missing}: averaging starts afresh.")
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} (\nrules: {self.rules}\n{self._wrapped!r}\n)"
 
-    def __getattr__(self, name: str) -> Any:
-        # Copying and unpickling ask for attributes before there are any.
-        if name.startswith("__") or "_wrapped" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return self._state_view() if name == "state" else getattr(self._wrapped, name)
+    if not TYPE_CHECKING:  # so that mypy knows a mistyped name
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "state":
-            entries = {
-                key: dict(entry) if isinstance(key, Tensor) else entry
-                for key, entry in value.items()
-            }
-            self.state.clear()
-            self.state.update(entries)
-        elif name in _FORWARDED:
-            setattr(self._wrapped, name, value)
-        else:
-            super().__setattr__(name, value)
+        @property
+        def state(self) -> Any:
+            return self._averages.state
 
-    def __delattr__(self, name: str) -> None:
-        if name in _FORWARDED:
-            delattr(self._wrapped, name)
-        else:
-            super().__delattr__(name)
+        @state.setter
+        def state(self, value: Any) -> None:
+            self._averages.state = value
+
+        def __getattr__(self, name: str) -> Any:
+            # Copying and unpickling ask for attributes before there are any.
+            if name.startswith("__") or "_wrapped" not in self.__dict__:
+                raise AttributeError(_no_attribute(self, name), name=name, obj=self)
+            try:
+                value = getattr(self._wrapped, name)
+            except AttributeError as error:
+                if hasattr(type(self._wrapped), name):  # a property that raises
+                    raise
+                raise AttributeError(_no_attribute(self, name), name=name, obj=self) from error
+            self._averages.note_use(name, value)
+            return value
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if self._is_of_wrapped(name):
+                setattr(self._wrapped, name, value)
+            else:
+                super().__setattr__(name, value)
+
+        def __delattr__(self, name: str) -> None:
+            if self._is_of_wrapped(name):
+                delattr(self._wrapped, name)
+            else:
+                super().__delattr__(name)
+
+    def _is_of_wrapped(self, name: str) -> bool:
+        """Return whether an attribute is one of the wrapped optimizer alone."""
+        # torch sets the last, where hooks are kept, when an optimizer is made or copied.
+        if name in self.__dict__ or hasattr(type(self), name) or name.startswith("_optimizer_"):
+            return False
+        return name in _SET_BY_GRAD_SCALER or hasattr(self._wrapped, name)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy would take the weights for averages. Hooks are left out, as torch does.
-        self._refuse_inside_swap("copy or pickle")
+        self._averages.refuse_inside_swap("copy or pickle")
         return {"_wrapped": self._wrapped, "_averages": self._averages}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not hasattr(self._wrapped, "defaults"):  # which torch asks for next
+            self.__dict__["defaults"] = {}
+        super().__setstate__(state)
+        self._averages.watch_steps()
+        with suppress(TypeError):  # an optimizer that cannot be referred to weakly, or hashed
+            _wrappers[self._wrapped] = ref(self)
+
+    def _patch_step_function(self) -> None:
+        # torch would run global hooks and the profiler's range here, and in the wrapped step too.
+        pass
+
+    def _with_pre_hooks(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        for pre_hook in self._optimizer_step_pre_hooks.values():
+            result = pre_hook(self, args, kwargs)
+            if result is None:
+                continue
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise RuntimeError(
+                    f"A pre-hook of `step` must return None or (args, kwargs), got {result!r}."
+                )
+            args, kwargs = result
+        return args, kwargs
+
     @_uncompiled
-    def _shares_after_step(self) -> dict[Average, float]:
+    def _before_step(self, kwargs: Mapping[str, Any]) -> dict[Average, float]:
         """Return the share of each average that the coming step makes due."""
-        averages = self._averages
-        if averages.steps.value == 0 and not self._is_dcp_init_step():
+        averages, grad_scaler = self._averages, kwargs.get("grad_scaler")
+        if averages.steps.value == 0 and not is_init_step(self._wrapped.param_groups):
             averages.begin()
-        return {each: each.share() for each in averages.due_at(averages.steps.value + 1)}
+        if grad_scaler is not None:
+            share_scaler_state(grad_scaler, self, self._wrapped)
+        averages.is_stepping = True
+        return averages.shares_due()
 
     @_uncompiled
-    def _average_after_step(self, shares: Mapping[Average, float]) -> None:
-        if self._skipped_by_grad_scaler():
+    def _after_step(self, shares: Mapping[Average, float], kwargs: Mapping[str, Any]) -> None:
+        averages = self._averages
+        averages.is_stepping = False
+        if took_no_step(self._wrapped, kwargs):
             return
-        # After any step, so that a new optimizer has the entries that distributed loading fills.
-        self._averages.make()
-        if not self._is_dcp_init_step():
-            self._averages.steps.value += 1
-            self._averages.update(shares)
-
-    def _skipped_by_grad_scaler(self) -> bool:
-        found_inf = getattr(self._wrapped, "found_inf", None)
-        return found_inf is not None and bool(found_inf)
-
-    def _is_dcp_init_step(self) -> bool:
-        """Return whether the step is one to initialise the state, at lr 0."""
-        return all(each.n_averaged.value == 0 for each in self._averages.values()) and all(
-            is_zero_without_sync(group.get("lr")) for group in self._wrapped.param_groups
-        )
+        averages.state.list_averages()
+        if is_init_step(self._wrapped.param_groups):
+            # So that a new optimizer has the entries that distributed loading fills.
+            averages.make()
+            averages.note_state()
+        else:
+            averages.steps.value += 1
+            averages.update(shares)
 
     def _swapped(self, average: Average) -> AbstractContextManager[None]:
         if average.n_averaged.value == 0:
             return nullcontext()
+        self._averages.mend()
         return average.tensors.swapped(self._averages.weights(), self._averages.buffers)
 
-    def _state_view(self) -> StateView:
-        return StateView(
-            wrapped=self._wrapped.state,
-            averages={AVERAGE + key: each.tensors for key, each in self._averages.stores.items()},
-            hidden=frozenset(self.buffers),
-            read=self._read_entry,
-            write=self._write_entry,
-        )
-
-    def _read_entry(self, key: str, weight: Tensor) -> Tensor:
-        return self._averages.stores[key.removeprefix(AVERAGE)].read(weight)
-
-    def _write_entry(self, key: str, weight: Tensor, value: Tensor | None) -> None:
-        self._refuse_inside_swap(f"state[...][{key!r}] = ...")
-        store = self._averages.stores[key.removeprefix(AVERAGE)]
-        if value is None:
-            store.drop(weight)
-        else:
-            check_average(f"state[...][{key!r}]", value, weight)
-            store.load(store.load_targets([weight]), {weight: value})
+    def _tell_if_trained_past(self, average: Average) -> None:
+        if told := self._averages.trained_past(average):
+            warn_user(told)
 
     def _average(self, name: str | None) -> Average:
         chosen = next(iter(self.rules)) if name is None and len(self.rules) == 1 else name
@@ -570,10 +629,17 @@ class AveragingOptimizer(Optimizer):
                 f"{type(model).__name__} with none. Pass the model it was made for."
             )
 
-    def _refuse_inside_swap(self, call: str) -> None:
-        for average in self._averages.values():
-            if average.is_swapped:
-                raise RuntimeError(
-                    f"`{call}` is not allowed inside `swap_to_averaged({average.name!r})`. "
-                    "Leave its block first."
-                )
+
+def _former_averages(optimizer: object) -> Averages | None:
+    """Return the averages of the AveragingOptimizer that has wrapped the optimizer before."""
+    with suppress(TypeError):  # see `__setstate__`
+        if (wrapper := _wrappers.get(optimizer, lambda: None)()) is not None:
+            return wrapper._averages
+    return None
+
+
+def _no_attribute(optimizer: AveragingOptimizer, name: str) -> str:
+    names = [*dir(type(optimizer)), *dir(optimizer.__dict__.get("_wrapped"))]
+    similar = get_close_matches(name, names, n=1)
+    hint = f". Did you mean {similar[0]!r}?" if similar else ""
+    return f"{type(optimizer).__name__!r} object has no attribute {name!r}{hint}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 from hypothesis import settings
+from tally import table
 from torch._C._distributed_c10d import HashStore
 
 # Loads a profile of its own when it is imported, as by the tests of torch's optimizers.
@@ -16,6 +17,22 @@ importlib.import_module("torch.testing._internal.common_utils")
 settings.register_profile("default", max_examples=200, derandomize=True, deadline=None)
 settings.register_profile("soak", max_examples=20_000, derandomize=False, deadline=None)
 settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-optimizers",
+        action="store_true",
+        help="every optimizer of other packages that third_party.py finds, not twenty of them",
+    )
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if config.getoption("--all-optimizers"):
+        every = [report for reports in terminalreporter.stats.values() for report in reports]
+        terminalreporter.write_line(table(r for r in every if isinstance(r, pytest.TestReport)))
 
 
 @pytest.fixture

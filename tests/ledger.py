@@ -90,16 +90,16 @@ class Ledger:
                 averages[key] = self.copy_of(present[key])
                 self.windows[name][key] = [averages[key]] * self.counts[name]
 
-    def begin(self, present: Present, has_learning_rate: bool) -> None:
+    def begin(self, present: Present, can_move: bool) -> None:
         """Before a step: let those rules begin that do so with the weights before the first."""
-        if self.steps == 0 and (has_learning_rate or any(self.counts.values())):
+        if self.steps == 0 and can_move:
             names = [name for name in filter(self.is_due, self.rules) if self.counts[name] == 0]
             if names:
                 self.update(names, present, lambda name: None)  # no first average is written
 
-    def step(self, present: Present, has_learning_rate: bool, write_back: WriteBack) -> None:
+    def step(self, present: Present, can_move: bool, write_back: WriteBack) -> None:
         self.make(present)
-        if has_learning_rate or any(self.counts.values()):
+        if can_move:
             self.steps += 1
             self.update(filter(self.is_due, self.rules), present, write_back)
 

@@ -18,7 +18,6 @@ from training import (
     averages,
     averaging_sgd,
     first_layer,
-    loss_of_batch,
     model_with_batch_norm,
     recurrence,
     same,
@@ -331,21 +330,25 @@ def test_a_first_average_copies_whatever_the_rule_says() -> None:
     assert average_of(Quarter(), [8.0, 0.0]) == 6
 
 
-def test_a_step_at_lr_0_does_not_count_before_the_first_average() -> None:
+@pytest.mark.parametrize("zero", [0.0, torch.tensor(0.0)], ids=repr)
+@pytest.mark.parametrize("gradients", ["ones", "zeros", "none"])
+def test_a_step_at_lr_0_counts_unless_all_gradients_are_zero_too(
+    zero: float | Tensor, gradients: str
+) -> None:
     model = small_model()
     optimizer = averaging_sgd(model, EMA(0.5))
-    optimizer.param_groups[0]["lr"] = 0.0
-    loss_of_batch(model, 0).backward()
+    for weight in model.parameters():
+        weight.grad = None if gradients == "none" else torch.zeros_like(weight)
+    if gradients == "ones":
+        first_layer(model).weight.grad = torch.eye(4, 3)
+    optimizer.param_groups[0]["lr"] = zero
     optimizer.step()
-    assert optimizer.param_groups[0]["averaging_steps"] == 0
-    assert optimizer.param_groups[0]["n_averaged_ema"] == 0
+    assert optimizer.param_groups[0]["averaging_steps"] == int(gradients == "ones")
+    assert optimizer.param_groups[0]["n_averaged_ema"] == int(gradients == "ones")
     assert set(optimizer.state_dict()["state"][0]) >= {"averaged_ema"}
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
     optimizer.step()
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.0)
-    optimizer.step()
-    assert optimizer.param_groups[0]["averaging_steps"] == 2
-    assert optimizer.param_groups[0]["n_averaged_ema"] == 2
+    assert optimizer.param_groups[0]["averaging_steps"] == 1 + int(gradients == "ones")
 
 
 def test_parameters_added_later_have_the_average_of_their_present_values() -> None:

@@ -147,7 +147,7 @@ def test_the_format_is_torchs_with_the_averages_among_the_entries() -> None:
 def test_a_rule_adds_nothing_but_averages_and_counters_to_the_wrapped_state() -> None:
     model, optimizer = plain()
     train(model, optimizer, 3)
-    saved, wrapped = optimizer.state_dict(), optimizer.optimizer.state_dict()
+    saved, wrapped = optimizer.state_dict(), optimizer.wrapped.state_dict()
     assert set(saved) == set(wrapped)
     assert saved["param_groups"] == wrapped["param_groups"]
     for index, entry in wrapped["state"].items():
@@ -309,7 +309,7 @@ def test_an_optimizer_without_state_stays_without_when_averages_are_loaded() -> 
     train(model, saved_from, 3)
     optimizer = AveragingOptimizer(SGD(model.parameters(), lr=0.1), EMA())
     optimizer.load_state_dict(saved_from.state_dict())
-    assert not optimizer.optimizer.state
+    assert not optimizer.wrapped.state
     assert same(averages(optimizer, "ema"), averages(saved_from, "ema"))
 
 
@@ -368,7 +368,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         r"`param_groups\[1\]\['average'\]` must be True or False, got 'no'\.",
     ),
     "average_of_no_rule": (
-        put("state", 1, "averaged_x", torch.ones(4)),
+        lambda state_dict: (
+            put("state", 1, "averaged_x", torch.ones(4))(state_dict),
+            put("param_groups", 0, "n_averaged_x", 3)(state_dict),
+        ),
         r"`state\[1\]\['averaged_x'\]` is the average of nothing here\.",
     ),
     "average_of_no_weight": (
@@ -510,7 +513,7 @@ def test_an_interrupt_while_the_wrapped_optimizer_loads_changes_nothing() -> Non
     def interrupt(_: Optimizer) -> None:
         raise KeyboardInterrupt
 
-    optimizer.optimizer.register_load_state_dict_post_hook(interrupt)
+    optimizer.wrapped.register_load_state_dict_post_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         optimizer.load_state_dict(saved)
     assert frozen(optimizer.state_dict()) == before

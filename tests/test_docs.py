@@ -30,6 +30,12 @@ def blocks(text: str) -> list[str]:
 OF_THEIR_OWN = {GETTING_STARTED, DISTRIBUTED, MIGRATION}
 OTHERS = [page for page in PAGES if blocks(PAGES[page]) and page not in OF_THEIR_OWN]
 
+pytestmark = [
+    # opacus says that its noise is drawn by torch, and torch that data needs no gradient.
+    pytest.mark.filterwarnings("ignore:Secure RNG turned off:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
+]
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

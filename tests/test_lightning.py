@@ -329,7 +329,7 @@ def test_optimizers_that_do_not_average_may_stand_beside_those_that_do() -> None
     class OneOfTwo(Adversaries):
         def configure_optimizers(self) -> Any:
             averaging, plain = super().configure_optimizers()
-            return [averaging, plain.optimizer]
+            return [averaging, plain.wrapped]
 
     trainer, module = trainer_with(EvaluateAveraged()), OneOfTwo()
     fit(trainer, module)
@@ -485,7 +485,7 @@ def test_a_model_without_averages_is_evaluated_as_it_is_with_a_warning(trained: 
 def test_training_without_an_averaging_optimizer_warns() -> None:
     class Plain(Module):
         def configure_optimizers(self) -> Optimizer:
-            optimizer: Optimizer = super().configure_optimizers()["optimizer"].optimizer
+            optimizer: Optimizer = super().configure_optimizers()["optimizer"].wrapped
             return optimizer
 
     trainer, module = trainer_with(EvaluateAveraged()), Plain()

@@ -188,4 +188,4 @@ def test_sharded_weights_of_a_single_process_are_looked_at() -> None:
 def test_what_is_no_bool_is_refused(value: Any) -> None:
     build: Callable[..., object] = AveragingOptimizer
     with pytest.raises(TypeError, match=rf"`skip_nonfinite` must be True or False, got {value!r}"):
-        build(averaging_sgd(small_model(), EMA()).optimizer, EMA(), skip_nonfinite=value)
+        build(averaging_sgd(small_model(), EMA()).wrapped, EMA(), skip_nonfinite=value)

@@ -129,7 +129,9 @@ REFUSED: dict[str, Callable[[AveragingOptimizer], Any]] = {
         nn.Linear(1, 1), {}
     ),
     "copy or pickle": copy.deepcopy,
-    "state[...]['averaged_ema'] = ...": lambda optimizer: optimizer.state.clear(),
+    "state[...]['averaged_ema'] = ...": lambda optimizer: optimizer.state[
+        optimizer.param_groups[0]["params"][0]
+    ].update(averaged_ema=torch.ones(4, 3)),
 }
 
 

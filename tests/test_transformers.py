@@ -159,7 +159,7 @@ def test_resuming_from_a_checkpoint_equals_never_stopping(
 
 def test_the_weights_train_as_with_the_plain_optimizer(tmp_path: Path) -> None:
     plain = given(tmp_path, kind=Trainer)
-    plain.optimizer = plain.optimizer.optimizer
+    plain.optimizer = plain.optimizer.wrapped
     plain.lr_scheduler = LambdaLR(plain.optimizer, lambda step: 0.9**step)
     plain.train()
     averaging = given(tmp_path)
@@ -323,7 +323,7 @@ def test_evaluating_in_16_bits_during_training_leaves_it_as_it_is(tmp_path: Path
 
 def test_a_trainer_whose_optimizer_does_not_average_warns(tmp_path: Path) -> None:
     trainer = given(tmp_path)
-    trainer.optimizer = trainer.optimizer.optimizer
+    trainer.optimizer = trainer.optimizer.wrapped
     with pytest.warns(UserWarning, match=r"^The Trainer has no AveragingOptimizer: its model"):
         trainer.evaluate()
     assert same(trainer.seen[0], language_model().parameters())

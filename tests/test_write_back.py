@@ -171,15 +171,16 @@ def test_a_group_that_is_not_averaged_is_not_written_to() -> None:
     assert not same(model[2].parameters(), began[2:])
 
 
-def test_a_rehearsal_at_lr_0_is_no_beginning() -> None:
+def test_the_step_that_initialises_the_state_is_no_beginning() -> None:
     """torch.distributed.checkpoint takes such a step, before it loads the weights."""
     weight = nn.Parameter(torch.zeros(1))
     optimizer = AveragingOptimizer(SGD([weight], lr=0.0), Lookahead(0.5, every=1))
-    weight.grad = -torch.ones(1)
+    weight.grad = torch.zeros(1)
     optimizer.step()
     assert optimizer.param_groups[0]["n_averaged_lookahead"] == 0
     with torch.no_grad():
         weight.fill_(4)
+    weight.grad = -torch.ones(1)
     optimizer.param_groups[0]["lr"] = 2.0
     optimizer.step()  # 4 → 6
     assert weight.item() == 5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +25,8 @@ class Counter:
 
     @property
     def value(self) -> int:
-        value: int = self._optimizer.param_groups[0][self.key]
-        return value
+        # A group that was put in by hand has none yet.
+        return next((g[self.key] for g in self._optimizer.param_groups if self.key in g), 0)
 
     @value.setter
     def value(self, value: int) -> None:
@@ -57,20 +57,30 @@ class Average:
         self.tensors, *self.snapshots = self.stores.values()
         self.is_swapped = False
 
-    def share(self) -> float:
-        """Return the share of the weights in the next update.
+    def share(self, n_averaged: int | None = None) -> float:
+        """Return the share of the weights in the next update, or in that after so many.
 
         Raises:
             ValueError: the rule gives one outside [0, 1].
         """
-        n_averaged = self.n_averaged.value
-        if self.snapshots:
-            n_averaged = min(n_averaged, len(self.snapshots))
-        return self._share_after(n_averaged)
+        if n_averaged is None:
+            n_averaged = self.n_averaged.value
+            if self.snapshots:
+                n_averaged = min(n_averaged, len(self.snapshots))
+        if n_averaged == 0:
+            return 1.0
+        share = self.rule.weight(n_averaged)
+        if type(share) is not float or not 0 <= share <= 1:
+            check_real(f"rules[{self.name!r}].weight({n_averaged})", share, "[0, 1]")
+        return float(share)
 
-    def writes_back(self) -> bool:
-        """Return whether the weights take the average's values at the next update."""
-        return self.rule.writes_back(self.n_averaged.value + 1)
+    def fit(self, sources: Sequence[Tensor]) -> list[Tensor]:
+        """Start at the present values what is missing, or of another shape; return the latter."""
+        misfits = [source for source in sources if not self._fits(source)]
+        for store in self.stores.values():
+            store.drop(misfits)
+            store.start([source for source in sources if source not in store.tensors])
+        return misfits
 
     def rebuild_from_snapshots(self, sources: Sequence[Tensor]) -> None:
         """Leave the oldest snapshot out, if the average is of as many weights as may be."""
@@ -80,7 +90,7 @@ class Average:
         for i in range(size):
             # Snapshot j lies at j % size, so that the oldest is the one to come next.
             snapshot = self.snapshots[(n_averaged + i) % size]
-            self.tensors.move_toward_other(snapshot, sources, self._share_after(i))
+            self.tensors.move_toward_other(snapshot, sources, self.share(i))
 
     def count_update(self, sources: Sequence[Tensor]) -> None:
         """Note that the average was updated, with a snapshot of the weights in it."""
@@ -89,12 +99,19 @@ class Average:
             self.snapshots[n_averaged % len(self.snapshots)].copy_from(sources)
         self.n_averaged.value = n_averaged + 1
 
-    def _share_after(self, n_averaged: int) -> float:
-        if n_averaged == 0:
-            return 1.0
-        share = self.rule.weight(n_averaged)
-        check_real(f"rules[{self.name!r}].weight({n_averaged})", share, "[0, 1]")
-        return float(share)
+    def _fits(self, source: Tensor) -> bool:
+        kept = (store.tensors.get(source) for store in self.stores.values())
+        return all(tensor is None or tensor.shape == source.shape for tensor in kept)
+
+
+def refuse_inside_swap(averages: Iterable[Average], call: str) -> None:
+    """Raise a RuntimeError that names the call if one of the averages is that of a swap."""
+    for average in averages:
+        if average.is_swapped:
+            raise RuntimeError(
+                f"`{call}` is not allowed inside `swap_to_averaged({average.name!r})`. "
+                "Leave its block first."
+            )
 
 
 def store_keys(name: str, rule: Rule) -> list[str]:

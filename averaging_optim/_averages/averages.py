@@ -1,18 +1,25 @@
-"""All averages of one optimizer: which weights they are of, and their updates."""
+"""All averages of one optimizer: which weights they are of, their updates, and their entries."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from averaging_optim._averages.average import Average, Counter
+from averaging_optim._averages.average import Average, Counter, refuse_inside_swap
+from averaging_optim._averages.entries import AVERAGE, Entries
 from averaging_optim._averages.moving import has_infinity, move_toward
-from averaging_optim._averages.store import GroupedTensors, TensorStore
+from averaging_optim._averages.past import TrainedPast, trains
+from averaging_optim._averages.state import State
+from averaging_optim._averages.store import GroupedTensors, TensorStore, are_identical
 from averaging_optim._rules import Rule
+from averaging_optim._warnings import warn_user
 
 STEPS = "averaging_steps"
 SKIPPED = "n_skipped"
@@ -24,6 +31,7 @@ class Averages(Mapping[str, Average]):
 
     steps: optimizer steps so far.
     skipped: updates left out because of numbers that are not finite.
+    stores: key after "averaged_" → where that average or snapshot is kept.
     buffers: those that go with the weights, averaged or copied along.
     """
 
@@ -52,9 +60,21 @@ class Averages(Mapping[str, Average]):
         self._copied_buffers = tuple(filter(has_infinity, buffers))
         self._optimizer = optimizer
         self._skip_nonfinite = skip_nonfinite
+        self._entries = Entries(tuple(self._by_name.values()), frozenset(buffers))
+        self._listed: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._moving = list(self._averaged_buffers)
+        self._sources = list(self.buffers)
+        self._ready_for: list[Tensor] | None = None
+        self._shapes: list[torch.Size] = []
+        self._seen_changes = 0
         self._grouped: dict[tuple[str, ...], GroupedTensors] = {}
-        for counter in self.counters():
-            counter.value = 0
+        self._own_state: MutableMapping[Any, Any] = defaultdict(dict)
+        self._state: State | None = None
+        self.is_stepping = False
+        self.is_superseded = False
+        self._past = TrainedPast()
+        self._count_from_state()
 
     def __getitem__(self, name: str) -> Average:
         return self._by_name[name]
@@ -65,58 +85,92 @@ class Averages(Mapping[str, Average]):
     def __len__(self) -> int:
         return len(self._by_name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_state": None}
+
+    def _count_from_state(self) -> None:
+        """Begin at 0, or where the state was saved that the optimizer has loaded."""
+        for group in self._optimizer.param_groups:
+            for key in [key for key in group if str(key).startswith(COUNT)]:
+                if key.removeprefix(COUNT) not in self:
+                    del group[key]
+        is_loaded = any(map(self._entries.of, self.state))
+        for average in self.values():
+            average.n_averaged.value = average.n_averaged.value if average.tensors.tensors else 0
+        for counter in (self.steps, self.skipped):
+            counter.value = counter.value if is_loaded else 0
+
     def counters(self) -> list[Counter]:
         return [self.steps, self.skipped, *(average.n_averaged for average in self.values())]
 
+    def spread_counters(self) -> None:
+        """Let groups that were added by hand have the counters too."""
+        for counter in self.counters():
+            counter.value = counter.value
+
     def weights(self) -> list[Tensor]:
-        """Return the parameters that are averaged."""
-        groups = (group for group in self._optimizer.param_groups if group.get("average", True))
-        return [weight for group in groups for weight in group["params"]]
+        """Return the parameters that are averaged, each once."""
+        self.sources()
+        return self._weights
 
     def sources(self) -> list[Tensor]:
-        """Return the parameters and buffers that there are averages of."""
-        return [*self.weights(), *self.buffers]
-
-    def due_at(self, step: int) -> list[Average]:
-        return [average for average in self.values() if average.rule.is_due(step)]
-
-    def make(self) -> None:
-        """Start an average at the present values of each weight or buffer that has none."""
-        sources = self.sources()
-        for store in self.stores.values():
-            store.make(sources)
+        """Return the parameters and buffers to average: the same list while these stay."""
+        _ = self.state  # takes over averages that the wrapped optimizer has loaded by itself
+        listed = [
+            weight
+            for group in self._optimizer.param_groups
+            if group.get("average", True)
+            for weight in group["params"]
+        ]
+        if not are_identical(listed, self._listed):
+            self._listed = listed
+            self._weights = list(dict.fromkeys(listed))
+            self._moving = [*self._weights, *self._averaged_buffers]
+            self._sources = [*self._weights, *self.buffers]
+        return self._sources
 
     def begin(self) -> None:
         """Average by the rules that begin with the weights before the first step."""
-        shares = {each: 1.0 for each in self.due_at(0) if each.n_averaged.value == 0}
-        if shares:
-            self.make()
+        due = [each for each in self._by_name.values() if each.rule.is_due(0)]
+        if shares := {each: 1.0 for each in due if each.n_averaged.value == 0}:
             self.update(shares)
 
+    def shares_due(self) -> dict[Average, float]:
+        """Return the share of each average that the coming step makes due."""
+        step = self.steps.value + 1
+        return {each: each.share() for each in self._by_name.values() if each.rule.is_due(step)}
+
     def update(self, shares: Mapping[Average, float]) -> None:
-        """Update these averages, whose tensors have been made, or skip them all."""
+        """Update these averages, or skip them all."""
+        self.make()
         if not shares:
             return
-        sources = [*self.weights(), *self._averaged_buffers]
+        sources = self._moving
         if self._skip_nonfinite and not self._any_store().stays_finite(sources):
             self.skipped.value += 1
             return
-        writing = [average for average in shares if average.writes_back()]
-        for average in writing:  # first, for the others to average what training goes on with
-            self._move(sources, {average: shares[average]})
+        writing = {
+            each: share
+            for each, share in shares.items()
+            if each.rule.writes_back(each.n_averaged.value + 1)
+        }
+        for average, share in writing.items():  # first, for the others to average what goes on
+            self._move(sources, {average: share})
             average.tensors.copy_to(sources)
-        self._move(sources, {each: shares[each] for each in shares if each not in writing})
+        if len(writing) < len(shares):
+            self._move(sources, {each: shares[each] for each in shares if each not in writing})
         if self._copied_buffers:
             for average in shares:
                 average.tensors.copy_from(self._copied_buffers)
 
     def _move(self, sources: Sequence[Tensor], shares: Mapping[Average, float]) -> None:
-        if not shares:
-            return
         for average in shares:
-            average.rebuild_from_snapshots(sources)
-        names = tuple(average.name for average in shares)
-        grouped = self._grouped.setdefault(names, GroupedTensors())
+            if average.snapshots:
+                average.rebuild_from_snapshots(sources)
+        names = tuple([average.name for average in shares])
+        grouped = self._grouped.get(names)
+        if grouped is None:
+            grouped = self._grouped[names] = GroupedTensors()
         groups = grouped.groups(sources, [average.tensors for average in shares])
         move_toward(groups, list(shares.values()))
         for average in shares:
@@ -125,3 +179,158 @@ class Averages(Mapping[str, Average]):
     def _any_store(self) -> TensorStore:
         # All averages are of the same dtypes, so that one speaks for the others.
         return next(iter(self.stores.values()))
+
+    def watch_steps(self) -> None:
+        """See steps of the wrapped optimizer that are not taken through this one."""
+        weak = ref(self)
+
+        def note(*_: Any) -> None:
+            # Not in a graph, which would be compiled anew whenever what is noted changes.
+            averages = None if torch.compiler.is_compiling() else weak()
+            if averages is not None and not averages.is_stepping:
+                averages._past.step = True
+
+        if hasattr(self._optimizer, "_optimizer_step_post_hooks"):
+            self._optimizer.register_step_post_hook(note)
+
+    def note_use(self, name: str, value: object) -> None:
+        """Note that an attribute of the wrapped optimizer was asked for."""
+        if trains(name, value):
+            self._past.method = name
+
+    def note_update(self) -> None:
+        self._past.step, self._past.method = False, ""
+
+    def note_state(self) -> None:
+        """Note that the wrapped optimizer has its state by loading, or in order to load."""
+        self._past.has_state = bool(self.state.kept)
+        self.state.list_averages()
+
+    def trained_past(self, average: Average) -> str:
+        return self._past.message(average, self.steps.value, bool(self.state.kept))
+
+    def make(self) -> list[Tensor]:
+        """Let every source have averages that fit it, and no other; return the sources."""
+        sources = self.sources()
+        shapes = [source.shape for source in sources]
+        if (
+            sources is not self._ready_for
+            or shapes != self._shapes
+            or self._entries.changes != self._seen_changes
+        ):
+            self._refuse_foreign_keys()
+            self._fit(self._by_name.values(), sources)
+            self._ready_for, self._shapes = sources, shapes
+            self._seen_changes = self._entries.changes
+        return sources
+
+    def mend(self) -> None:
+        """Do as `make` does for those averages that have been made yet."""
+        sources = self.sources()
+        self._fit([each for each in self.values() if each.tensors.tensors], sources)
+
+    def _fit(self, averages: Iterable[Average], sources: Sequence[Tensor]) -> None:
+        self._let_go()
+        misfits: dict[str, list[Tensor]] = {}
+        for average in averages:
+            if average.tensors.changes == 0 and sources and average.n_averaged.value > 0:
+                average.n_averaged.value = 0
+                warn_user(
+                    f"The parameter groups count updates of {average.name!r}, which isn't here: "
+                    "it starts afresh at the present weights."
+                )
+            if misfit := average.fit(sources):
+                misfits[average.name] = misfit
+        if misfits:
+            names = ", ".join(map(repr, misfits))
+            found = (tuple(each.shape) for misfit in misfits.values() for each in misfit)
+            shapes = ", ".join(map(str, dict.fromkeys(found)))
+            warn_user(
+                f"The averages {names} of parameters that now have the shapes {shapes} had others: "
+                "they start afresh at the present values. Resize an average with its parameter, "
+                'as `optimizer.state[parameter]["averaged_<name>"]`.'
+            )
+
+    def _let_go(self) -> None:
+        """Drop the averages of parameters that have left the parameter groups."""
+        groups = self._optimizer.param_groups
+        present = {*self.buffers, *(weight for group in groups for weight in group["params"])}
+        left = [parameter for parameter in self._entries.parameters() if parameter not in present]
+        if left:
+            self.state.take_out(left)
+            for store in self.stores.values():
+                store.drop(left)
+
+    def _refuse_foreign_keys(self) -> None:
+        for entry in self.state.kept.values():
+            if isinstance(entry, dict):
+                for key in self._entries.stores.keys() & entry.keys():
+                    raise ValueError(
+                        f"`rule` must name no average {key.removeprefix(AVERAGE)!r}, since "
+                        f"{type(self._optimizer).__name__} keeps a state of its own under {key!r}. "
+                        "Name the rule otherwise."
+                    )
+
+    @property
+    def state(self) -> State:
+        """The state of the optimizer with the averages in it, one object until it is replaced."""
+        kept = getattr(self._optimizer, "state", self._own_state)
+        if self._state is None or self._state.kept is not kept:
+            # Made, or replaced by a loading of its own, the wrapped optimizer's state is no sign.
+            self._past.has_state = bool(kept)
+            has_stepped = self.steps.value > 0
+            self._state = State(
+                kept,
+                self._entries,
+                lists_averages=has_stepped or bool(kept),
+                is_fresh=not has_stepped,
+            )
+            self._take_over(kept)
+        return self._state
+
+    @state.setter
+    def state(self, value: Mapping[Any, Any]) -> None:
+        old, parts = self.state, {}
+        if not (isinstance(value, State) and value.belongs_to(self._entries)):
+            parts = {key: each for key, each in value.items() if self._entries.are_in(each)}
+            for key, entry in parts.items():
+                self._entries.check(key, entry)
+            kept = (
+                value
+                if not parts and isinstance(value, dict)
+                else defaultdict(
+                    getattr(value, "default_factory", None),
+                    {key: each for key, each in value.items() if key not in parts},
+                )
+            )
+            value = State(kept, self._entries, lists_averages=False, is_fresh=old.is_fresh)
+        old.put_aside()
+        # Any mapping will do, as with a bare optimizer.
+        optimizer: Any = self._optimizer
+        optimizer.state = value.kept
+        self._state = value
+        value.put_back()
+        value.update(parts)
+
+    def refuse_inside_swap(self, call: str) -> None:
+        if self.is_superseded:
+            self.refuse_if_superseded(call)
+        refuse_inside_swap(self._by_name.values(), call)
+
+    def refuse_if_superseded(self, call: str) -> None:
+        if self.is_superseded:
+            raise RuntimeError(
+                f"`{call}` is not allowed, since the wrapped optimizer has been wrapped again. "
+                "Use the AveragingOptimizer that wraps it now."
+            )
+
+    def _take_over(self, kept: MutableMapping[Any, Any]) -> None:
+        """Move averages here from where the optimizer itself has loaded them."""
+        for parameter in [key for key, entry in kept.items() if self._entries.are_in(entry)]:
+            entry = kept[parameter]
+            averages = {key: entry[key] for key in self._entries.stores if key in entry}
+            self._entries.write(parameter, averages)
+            for key in averages:
+                del entry[key]
+            if not entry:  # optimizers take an entry for initialised
+                del kept[parameter]

@@ -46,11 +46,28 @@ def same_dtype_and_device(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and first.device == second.device
 
 
+def average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of averages of this tensor, `dtype` being what was asked for."""
+    if numeric_kind(tensor) == "integer":
+        return tensor.dtype
+    if dtype is None:
+        # An average of 16 bits stands still: its increments are lost to rounding.
+        dtype = torch.float32 if torch.finfo(tensor.dtype).bits <= 16 else tensor.dtype
+    return dtype.to_complex() if tensor.is_complex() else dtype
+
+
+def shares_storage(first: Tensor, second: Tensor) -> bool:
+    """Return whether writing into one may change the other."""
+    here, there = local_parts([first, second])
+    # Not by address: storages of no bytes, as on the meta device, are all at 0.
+    return bool(here.untyped_storage()._cdata == there.untyped_storage()._cdata)
+
+
 @torch.no_grad()
 def new_average(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
     """Return a copy of `tensor` in the dtype and on the device of its average."""
     average = torch.empty_like(
-        tensor, dtype=_average_dtype(tensor, dtype), device=device, requires_grad=False
+        tensor, dtype=average_dtype(tensor, dtype), device=device, requires_grad=False
     )
     return average.copy_(tensor)
 
@@ -76,10 +93,17 @@ def move_toward(groups: Iterable[list[list[Tensor]]], shares: Sequence[float]) -
         groups: see `TensorGroups`, with as many lists of averages as there are shares.
     """
     for weights, *averages in groups:
-        is_copied = numeric_kind(weights[0]) == "integer"
-        for present, *parts in _cache_sized_pieces(weights, averages):
+        is_copied = not (weights[0].is_floating_point() or weights[0].is_complex())
+        is_alike = same_dtype_and_device(weights[0], averages[0][0])
+        pieces: Iterable[Sequence[list[Tensor]]] = [[weights, *averages]]
+        if len(averages) > 1 or not is_alike:
+            # So that a piece of the weights is in cache for all that is done with it.
+            limit = _PIECES.get(weights[0].device.type, 2**24)
+            pieces = _bundles([weights, *averages], limit)
+        for present, *parts in pieces:
+            if not is_alike:  # _foreach_lerp_ refuses to mix
+                present = [weight.to(each) for weight, each in zip(present, parts[0], strict=True)]
             for part, share in zip(parts, shares, strict=True):
-                present = _converted_like(part, present)
                 if is_copied or share == 1:
                     torch._foreach_copy_(part, present)
                 else:
@@ -162,33 +186,6 @@ def is_zero_without_sync(number: float | Tensor | None) -> bool:
     if isinstance(number, Tensor) and number.device.type != "cpu":
         return False
     return number is not None and float(number) == 0
-
-
-def _average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    if numeric_kind(tensor) == "integer":
-        return tensor.dtype
-    if dtype is None:
-        # An average of 16 bits stands still: its increments are lost to rounding.
-        dtype = torch.float32 if torch.finfo(tensor.dtype).bits <= 16 else tensor.dtype
-    return dtype.to_complex() if tensor.is_complex() else dtype
-
-
-def _cache_sized_pieces(
-    weights: list[Tensor], averages: Sequence[list[Tensor]]
-) -> Iterator[Sequence[list[Tensor]]]:
-    """Cut lists alike so that a piece of the weights is in cache for all that is done with it."""
-    if len(averages) == 1 and same_dtype_and_device(weights[0], averages[0][0]):
-        yield weights, *averages
-    else:
-        yield from _bundles([weights, *averages], _PIECES.get(weights[0].device.type, 2**24))
-
-
-def _converted_like(averages: Sequence[Tensor], weights: list[Tensor]) -> list[Tensor]:
-    """Return the weights in the dtype and on the device of their averages."""
-    # _foreach_lerp_ refuses to mix.
-    if same_dtype_and_device(weights[0], averages[0]):
-        return weights
-    return [weight.to(average) for weight, average in zip(weights, averages, strict=True)]
 
 
 def _bundles(lists: Sequence[list[Tensor]], limit: int) -> Iterator[Sequence[list[Tensor]]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from averaging_optim._averages.caches import caches_invalidated
 from averaging_optim._averages.moving import (
     TensorGroups,
+    average_dtype,
     copy_into,
     detached_copy,
     exchanged,
@@ -21,6 +22,7 @@ from averaging_optim._averages.moving import (
     overwritten_until_exit,
     restored_if_moved,
     same_dtype_and_device,
+    shares_storage,
     stay_finite,
 )
 from averaging_optim._averages.sharding import sharding_of
@@ -29,7 +31,7 @@ from averaging_optim._averages.sharding import sharding_of
 class TensorStore:
     """Weight or buffer → the tensor that holds its average, or a snapshot of it.
 
-    changes: how often a tensor has been replaced or dropped, or made for other sources.
+    changes: how often a tensor has been made, replaced or dropped.
 
     Args:
         dtype: of the tensors; None takes that of each source, at least float32.
@@ -41,22 +43,32 @@ class TensorStore:
         self.changes = 0
         self._dtype = dtype
         self._device = device
-        self._made_for: list[Tensor] = []
         self._held: dict[Tensor, Tensor] = {}
 
-    def make(self, sources: Sequence[Tensor]) -> None:
-        """Start a tensor at the present values of each source that has none."""
-        if are_identical(sources, self._made_for):
-            return
-        new = [source for source in sources if source not in self.tensors]
-        self._keep({source: new_average(source, self._dtype, self._device) for source in new})
-        self._made_for = list(sources)
+    def start(self, sources: Iterable[Tensor]) -> None:
+        """Start a tensor at the present values of each source."""
+        self._keep({each: new_average(each, self._dtype, self._device) for each in sources})
 
-    def drop(self, source: Tensor) -> None:
-        """Keep no tensor of the source; no effect if there is none."""
-        self.tensors.pop(source, None)
-        self.changes += 1
-        self._made_for = []
+    def drop(self, sources: Iterable[Tensor]) -> None:
+        """Keep no tensors of these sources; no effect where there is none."""
+        for source in sources:
+            self.tensors.pop(source, None)
+            self.changes += 1
+
+    def put(self, source: Tensor, value: Tensor) -> None:
+        """Keep a value, of any shape: in the present tensor if it fits, else the value itself.
+
+        It is copied if its dtype or device is another, or its memory is that of its source.
+        """
+        kept = self.tensors.get(source)
+        if kept is not None and kept.shape == value.shape and self._is_in_place(kept, source):
+            copy_into([kept], [value])
+            return
+        dtype, device = average_dtype(source, self._dtype), self._place(source)
+        is_fit = value.dtype == dtype and value.device == device
+        if not is_fit or shares_storage(value, source) or self._holds(value):
+            value = new_average(value, dtype, device)
+        self._keep({source: value.detach() if value.requires_grad else value})
 
     def stays_finite(self, sources: Sequence[Tensor]) -> bool:
         """Return whether an update toward the sources' present values keeps averages finite."""
@@ -115,13 +127,22 @@ class TensorStore:
 
     def _keep(self, tensors: Mapping[Tensor, Tensor]) -> None:
         self.tensors.update(tensors)
-        self.changes += 1
+        self.changes += len(tensors)
 
     def _load_target(self, source: Tensor) -> Tensor:
         kept = self.tensors.get(source)
-        if kept is not None and kept.device == (self._device or source.device):
+        if kept is not None and kept.shape == source.shape and self._is_in_place(kept, source):
             return kept
         return new_average(source, self._dtype, self._device)
+
+    def _holds(self, value: Tensor) -> bool:
+        return any(kept is value for kept in self.tensors.values())
+
+    def _is_in_place(self, kept: Tensor, source: Tensor) -> bool:
+        return kept.device == self._place(source)
+
+    def _place(self, source: Tensor) -> torch.device:
+        return self._device or source.device
 
 
 class GroupedTensors:
@@ -131,6 +152,7 @@ class GroupedTensors:
     """
 
     def __init__(self) -> None:
+        self._sources: Sequence[Tensor] = ()
         self._of: tuple[object, ...] = ()
         self._groups: TensorGroups = []
 
@@ -141,16 +163,17 @@ class GroupedTensors:
         """Return the sources, and what these stores keep of them.
 
         Args:
-            sources: those that the stores have last made tensors for.
+            sources: which the stores all have; another list if one of them is another.
         """
         changes = [(store, store.changes) for store in stores]
         # `Module.to` and `tensor.data = ...` change these two.
         of = changes, [each.dtype for each in sources], [each.device for each in sources]
-        if of != self._of:
+        if sources is not self._sources or of != self._of:
             kept = [[store.tensors[source] for source in sources] for store in stores]
             self._groups = list(group_by_dtype_and_device(sources, *kept))
             # FSDP gives a DTensor another local tensor, which does not show.
             self._of = () if any(sharding_of(each) for each in sources) else of
+            self._sources = sources
         return self._groups
 
 

@@ -7,12 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from averaging_optim._checkpoints.entries import (
-    check_average,
-    checked_mapping,
-    short_repr,
-    without_attributes,
-)
+from averaging_optim._averages.entries import check_average, without_attributes
+from averaging_optim._checks import checked_mapping, short_repr
 
 
 def read_exported(

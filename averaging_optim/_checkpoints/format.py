@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from averaging_optim._averages.averages import COUNT, SKIPPED, STEPS
+from averaging_optim._averages.entries import AVERAGE, check_average, without_attributes
 from averaging_optim._averages.store import TensorStore
-from averaging_optim._checkpoints.entries import (
-    check_average,
-    checked_mapping,
-    short_repr,
-    without_attributes,
-)
+from averaging_optim._checks import checked_mapping, short_repr
 
-AVERAGE = "averaged_"
 BUFFERS = "averaged_buffers"
+
+# Where averages are if the wrapped optimizer's state dict is not in torch's format.
+BESIDE = "averaging_optim"
+
+_GROUP_KEYS = frozenset({STEPS, SKIPPED, "average"})
 
 # Rules compute with floats, which have no room for every integer.
 _COUNT_LIMIT = 2**63
@@ -48,7 +49,13 @@ def write_checkpoint(
     buffers: Sequence[Tensor],
     stores: Mapping[str, TensorStore],
 ) -> dict[str, Any]:
-    """Return the wrapped optimizer's state dict with the averages in their places."""
+    """Return the wrapped optimizer's state dict with the averages in their places.
+
+    If it is not in torch's format, it is left as it is, with one of averages beside it.
+    """
+    if not _is_torchs(state_dict, groups):
+        packed = {"state": {}, "param_groups": _packed(groups)}
+        return {**state_dict, BESIDE: write_checkpoint(packed, groups, buffers, stores)}
     state = dict(state_dict["state"])
     for index, weight in _weights_by_index(state_dict["param_groups"], groups).items():
         kept = {
@@ -82,6 +89,9 @@ def read_checkpoint(
         ValueError: an entry does not fit; the message names it.
     """
     state_dict = checked_mapping("state_dict", state_dict)
+    if BESIDE in state_dict:
+        others = {key: value for key, value in state_dict.items() if key != BESIDE}
+        return replace(read_checkpoint(state_dict[BESIDE], groups, buffers, keys), wrapped=others)
     saved_groups = _matching_groups(state_dict.get("param_groups"), groups)
     state = checked_mapping("state", state_dict.get("state"))
     _check_indices(state, saved_groups, groups)
@@ -112,12 +122,31 @@ def read_checkpoint(
     counters = {COUNT + name: counts[name] if name in averages else 0 for name in keys}
     goes_on = bool(averages) or not missing
     counters |= {STEPS: steps if goes_on else 0, SKIPPED: skipped if goes_on else 0}
+    ours = {AVERAGE + key for rule_keys in keys.values() for key in rule_keys}
     return Checkpoint(
-        wrapped=_without_averages(state_dict, state, saved_groups),
+        wrapped=_without_averages(state_dict, state, saved_groups, ours),
         counters={key: count or 0 for key, count in counters.items()},
         averages=averages,
         missing=missing,
     )
+
+
+def _is_torchs(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a state dict has an index for each parameter of these groups."""
+    saved = state_dict.get("param_groups")
+    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(saved, list):
+        return False
+    sizes = [len(each["params"]) if isinstance(each, Mapping) else -1 for each in saved]
+    return sizes == [len(group["params"]) for group in groups]
+
+
+def _packed(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return groups as torch saves them, with nothing but what concerns averages."""
+    packed, numbers = [], itertools.count()
+    for group in groups:
+        ours = {key: group[key] for key in group if _is_count(key) or key in _GROUP_KEYS}
+        packed.append({**ours, "params": [next(numbers) for _ in group["params"]]})
+    return packed
 
 
 def load_or_roll_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -127,11 +156,11 @@ def load_or_roll_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         ValueError: it refuses.
     """
     # torch has put both in their places before an optimizer's __setstate__ looks at them.
-    state, groups = optimizer.state, optimizer.param_groups
+    parts = {key: part for key, part in vars(optimizer).items() if key in ("state", "param_groups")}
     try:
         optimizer.load_state_dict(state_dict)
     except BaseException as error:
-        optimizer.state, optimizer.param_groups = state, groups
+        optimizer.__dict__.update(parts)
         if isinstance(error, Exception):
             name = type(optimizer).__name__
             raise ValueError(
@@ -211,9 +240,13 @@ def _refuse_unknown(
 ) -> None:
     known = {key for rule_keys in keys.values() for key in rule_keys}
     averages = {AVERAGE + key for key in known}
+    counted = {COUNT + key for key in known}
+    counted |= {key for group in saved_groups for key in group if _is_count(key)}
     for index, saved in state.items():
-        for key in filter(_is_average, saved if isinstance(saved, Mapping) else ()):
-            if index not in weights or key not in averages:
+        for key in saved if isinstance(saved, Mapping) else ():
+            # Other keys of this form are the wrapped optimizer's own, of which nothing is counted.
+            is_average = _is_average(key) and COUNT + _rule_of(key) in counted
+            if (is_average or key in averages) and (index not in weights or key not in averages):
                 entry = f"state[{short_repr(index)}][{short_repr(key)}]"
                 raise ValueError(f"`{entry}` is the average of nothing here.")
     for i, group in enumerate(saved_groups):
@@ -227,6 +260,13 @@ def _refuse_unknown(
 
 def _is_average(key: object) -> bool:
     return isinstance(key, str) and key.startswith(AVERAGE)
+
+
+def _rule_of(key: str) -> str:
+    """Return the name of the rule whose average, or a snapshot of it, has this key."""
+    name = key.removeprefix(AVERAGE)
+    stem, _, number = name.rpartition("_")
+    return stem if number.isdecimal() else name
 
 
 def _is_count(key: object) -> bool:
@@ -296,19 +336,20 @@ def _without_averages(
     state_dict: Mapping[str, Any],
     state: Mapping[Any, Any],
     saved_groups: list[Any],
+    ours: Collection[str],
 ) -> dict[str, Any]:
     """Return the state dict of the wrapped optimizer; the one given stays as it is."""
     others = {key: value for key, value in state_dict.items() if key != BUFFERS}
-    return {**others, "param_groups": saved_groups, "state": dict(_entries_without(state))}
+    return {**others, "param_groups": saved_groups, "state": dict(_entries_without(state, ours))}
 
 
-def _entries_without(state: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
+def _entries_without(state: Mapping[Any, Any], ours: Collection[str]) -> Iterator[tuple[Any, Any]]:
     for index, entry in state.items():
         if not isinstance(entry, Mapping):
             yield index, entry
             continue
         # A copy always: some optimizers write into entries that belong to no parameter.
-        rest = {key: value for key, value in entry.items() if not _is_average(key)}
+        rest = {key: value for key, value in entry.items() if key not in ours}
         # An entry of averages alone is left out: optimizers take an entry for initialised.
         if rest or not entry:
             yield index, rest
