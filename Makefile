@@ -5,7 +5,7 @@ OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyprojec
 # Thousands of cases, a million updates and whole runs, which tracing slows and which cover nothing
 # more.
 UNTRACED := tests/test_optim_db.py tests/test_life.py tests/test_long_life.py
-UNTRACED += tests/test_notebooks.py tests/test_third_party.py
+UNTRACED += tests/test_notebooks.py tests/test_third_party.py tests/test_interrupts.py
 
 .PHONY: bench demo docs notebooks random-labels test soak test-optimizers test-oldest test-newest
 .PHONY: clean

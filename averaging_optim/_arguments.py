@@ -32,6 +32,8 @@ def check_optimizer(optimizer: object) -> None:
         )
     for group in groups:
         check_group(group)
+        for weight in group["params"]:
+            _check_memory("optimizer", weight)
 
 
 def check_group(group: object) -> None:
@@ -82,9 +84,24 @@ def checked_buffers(buffers: Iterable[Tensor], optimizer: Optimizer) -> tuple[Te
     for buffer in unique:
         if not isinstance(buffer, Tensor):
             raise TypeError(f"`buffers` must hold tensors, got {buffer!r}.")
+        _check_memory("buffers", buffer)
         if buffer in trained:
             raise ValueError("`buffers` must hold no parameter that is trained, got one.")
     return unique
+
+
+def _check_memory(argument: str, tensor: Tensor) -> None:
+    """Raise unless each number of the tensor lies in memory of its own."""
+    is_strided = tensor.layout == torch.strided and not tensor.is_quantized
+    repeats = is_strided and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+    if not is_strided or repeats:
+        kind = "expanded" if repeats else "quantized" if tensor.is_quantized else tensor.layout
+        raise ValueError(
+            f"`{argument}` must hold tensors of which each number has memory of its own, got one "
+            f"that is {kind}, of shape {tuple(tensor.shape)}. Clone it, or leave it out."
+        )
 
 
 def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
@@ -93,6 +110,11 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
         raise TypeError(f"`dtype` must be a torch.dtype, got {dtype!r}.")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"`dtype` must be floating-point, got {dtype}.")
+    if dtype is not None and dtype.itemsize == 1:
+        raise ValueError(
+            f"`dtype` must be one in which torch can average, got {dtype}. Use torch.bfloat16, or "
+            "None for the weights' own, at least float32."
+        )
     return dtype
 
 

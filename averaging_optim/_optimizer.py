@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -25,9 +25,9 @@ from averaging_optim._arguments import (
 from averaging_optim._averages.average import Average
 from averaging_optim._averages.averages import Averages
 from averaging_optim._averages.moving import detached_copy
-from averaging_optim._averages.signals import signals_deferred_around
 from averaging_optim._averages.steps import is_init_step, share_scaler_state, took_no_step
 from averaging_optim._averages.store import copy_if_aliased
+from averaging_optim._averages.swap import Swap
 from averaging_optim._checkpoints.exports import read_exported
 from averaging_optim._checkpoints.format import (
     load_or_roll_back,
@@ -35,16 +35,13 @@ from averaging_optim._checkpoints.format import (
     write_checkpoint,
 )
 from averaging_optim._checks import check_bool, check_integer
+from averaging_optim._compiling import uncompiled
 from averaging_optim._rules import Rule
 from averaging_optim._signatures import shows_signature_of_wrapped
 from averaging_optim._warnings import warn_user
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Result = TypeVar("_Result")
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-# Counters change with every step, and a compiled graph would hold them as constants.
-_uncompiled: Callable[[_Function], _Function] = torch.compiler.disable
 
 # Set by GradScaler, also on an optimizer that has no such attributes yet, and read by fused
 # kernels (torch/amp/grad_scaler.py, `step`).
@@ -140,14 +137,14 @@ class AveragingOptimizer(Optimizer):
             raise TypeError("`optimizer` must not be an AveragingOptimizer. Pass it all rules.")
         check_optimizer(optimizer)
         if former := _former_averages(optimizer):
-            former.refuse_inside_swap("AveragingOptimizer(...)")
+            former.swap.refuse("AveragingOptimizer(...)")
         rules = checked_rules(rule)
         unique_buffers = checked_buffers(buffers, optimizer)
         dtype, device = checked_dtype(dtype), checked_device(device)
         check_bool("skip_nonfinite", skip_nonfinite)
         averages = Averages(rules, optimizer, unique_buffers, dtype, device, skip_nonfinite)
         if former:
-            former.is_superseded = True
+            former.swap.is_superseded = True
         # `Optimizer.__init__` would make parameter groups; this makes hooks and nothing else.
         self.__setstate__({"_wrapped": optimizer, "_averages": averages})
 
@@ -187,12 +184,15 @@ class AveragingOptimizer(Optimizer):
             RuntimeError: inside `swap_to_averaged`.
             ValueError: a rule gives a weight outside [0, 1]; no step has been taken.
         """
-        self._averages.refuse_inside_swap("step")
+        self._averages.swap.refuse("step")
         if self._optimizer_step_pre_hooks:
             args, kwargs = self._with_pre_hooks(args, kwargs)
-        shares = self._before_step(kwargs)
-        result = self._wrapped.step(*args, **kwargs)
-        self._after_step(shares, kwargs)
+        try:
+            shares = self._before_step(kwargs)
+            result = self._wrapped.step(*args, **kwargs)
+            self._after_step(shares, kwargs)
+        finally:
+            self._averages.is_stepping = False
         # The wrapped step has run those that are global, and the profiler's range.
         for post_hook in self._optimizer_step_post_hooks.values():
             post_hook(self, args, kwargs)
@@ -207,27 +207,8 @@ class AveragingOptimizer(Optimizer):
         """
         self._wrapped.zero_grad(*args, **kwargs)
 
-    @contextmanager
-    def swap_to_averaged(self, name: str | None = None) -> Iterator[None]:
-        """Put an average into the model until the block is left.
-
-        Weights, averages and averaged buffers are exactly as before on leaving, also
-        after an exception. Values move, tensors stay where they are. Averages alike in
-        dtype and device change places with the weights, through a scratch of a few
-        MiB; others are copied in, and need a backup of their weights. Buffers that
-        were given as `buffers` may be changed inside, as by
-        `torch.optim.swa_utils.update_bn`; the weights must not be, but may be cast or
-        moved, and are the training weights there on leaving. Ctrl-C and other signals
-        with a handler in Python wait while values move.
-
-        No effect before the first average, and inside a swap to the same average.
-
-        Args:
-            name: which average; may be left out if there is only one.
-
-        Raises:
-            ValueError: there is no average of this name, or several and no name.
-            RuntimeError: inside a swap to another average.
+    def swap_to_averaged(self, name: str | None = None, *, in_place: bool = False) -> Swap:
+        """Evaluate with averaged weights: they are in the model until the block is left.
 
         Example:
             >>> import torch
@@ -241,19 +222,42 @@ class AveragingOptimizer(Optimizer):
             2.0
             >>> weight.item()
             4.0
+
+        On leaving, weights and buffers are bit for bit what they were on entering, also after
+        an exception and whatever has been written into them inside, as by
+        `torch.optim.swa_utils.update_bn`, by `Embedding(max_norm=...)` or by adapters that
+        merge in `eval()`. Casting or moving the model inside is fine: the training weights
+        come back in the new dtype and place. Averages are only read.
+
+        Values move, tensors stay where they are. The weights are backed up where the averages
+        are, which takes their memory once more. Ctrl-C and other signals with a handler in
+        Python wait while values move.
+
+        Until a rule's first update, swapping to it has no effect. Swaps to the same average
+        may overlap, nested or not, in one thread or several: the weights come back when the
+        last of them is left.
+
+        Args:
+            name: which average; may be left out if there is only one.
+            in_place: exchange weights and averages, through a scratch of a few MiB, instead
+                of backing the weights up. Then nothing inside may write into the weights, or
+                it is in the average for good; what was handed out of the averages before
+                (a state dict, `averaged_model`) holds the weights inside; and leaving a swap
+                must not fail. Only for averages of the dtype and device of their weights;
+                others are backed up all the same.
+
+        Raises:
+            ValueError: there is no average of this name, or several and no name.
+            RuntimeError: inside a swap to another average, while `step` runs, inside a
+                function that torch.func transforms, or if what is returned is entered or
+                left twice.
+            torch.OutOfMemoryError: there is no room for the backup; nothing has changed.
         """
+        check_bool("in_place", in_place)
         average = self._average(name)
-        if average.is_swapped:
-            yield
-            return
+        self._averages.swap.refuse_if_superseded("swap_to_averaged")
         self._tell_if_trained_past(average)
-        self._averages.refuse_inside_swap(f"swap_to_averaged({average.name!r})")
-        average.is_swapped = True
-        try:
-            with signals_deferred_around(self._swapped(average)):
-                yield
-        finally:
-            average.is_swapped = False
+        return self._averages.swap_to(average, in_place=in_place)
 
     def evaluate_averages(self, evaluate: Callable[[], _Result]) -> dict[str, _Result]:
         """Return what `evaluate` returns of the weights as they are, and under each average.
@@ -261,7 +265,9 @@ class AveragingOptimizer(Optimizer):
         An average that has no updates yet, as before its `start`, is the weights.
 
         Args:
-            evaluate: called once for each; under the average as in `swap_to_averaged`.
+            evaluate: called once for each; under the average as in `swap_to_averaged`. Tensors
+                that it returns must be copies: `model.state_dict` would return the weights
+                that are there afterwards.
 
         Returns:
             name of the rule → result, with that of the training weights under "weights",
@@ -282,7 +288,7 @@ class AveragingOptimizer(Optimizer):
             >>> optimizer.evaluate_averages(weight.item)
             {'weights': 4.0, 'fast': 2.0, 'mean': 2.0}
         """
-        self._averages.refuse_inside_swap("evaluate_averages")
+        self._averages.swap.refuse("evaluate_averages")
         if "weights" in self.rules:
             raise ValueError("`rules` must name no average 'weights', the key of the weights.")
         results = {"weights": evaluate()}
@@ -291,7 +297,7 @@ class AveragingOptimizer(Optimizer):
                 results[name] = evaluate()
         return results
 
-    @_uncompiled
+    @uncompiled
     def update_averages(self, name: str | None = None) -> None:
         """Average the present weights now, whether or not a rule is due.
 
@@ -304,10 +310,10 @@ class AveragingOptimizer(Optimizer):
             ValueError: there is no average of this name.
             RuntimeError: inside `swap_to_averaged`.
         """
-        self._averages.refuse_inside_swap("update_averages")
-        averages = self._averages.values() if name is None else [self._average(name)]
-        self._averages.update({average: average.share() for average in averages})
-        self._averages.note_update()
+        with self._averages.writing("update_averages"):
+            averages = self._averages.values() if name is None else [self._average(name)]
+            self._averages.update({average: average.share() for average in averages})
+            self._averages.note_update()
 
     def averaged_model(self, model: _Model, name: str | None = None) -> _Model:
         """Return a copy of the model whose parameters are the averages.
@@ -317,7 +323,7 @@ class AveragingOptimizer(Optimizer):
         is copied. Parameters have the dtype and device of the averages. Until its first
         update, an average holds the weights at the time it was made.
 
-        Not for use inside `swap_to_averaged`: the averages' memory may hold the weights.
+        Not for use inside `swap_to_averaged(in_place=True)`, where their memory holds the weights.
 
         Args:
             model: a module with parameters that are averaged.
@@ -412,14 +418,14 @@ class AveragingOptimizer(Optimizer):
             >>> optimizer.averaged_state_dict(model)["weight"]
             tensor([[1., 1.]])
         """
-        self._averages.refuse_inside_swap("load_averaged_state_dict")
-        average = self._average(name)
-        check_integer("n_averaged", n_averaged, at_least=1)
-        weights, buffers = self._averages.weights(), self._averages.buffers
-        values = read_exported(model, state_dict, weights, buffers)
-        for store in average.stores.values():
-            store.load(store.load_targets(values), values)
-        average.n_averaged.value = int(n_averaged)
+        with self._averages.writing("load_averaged_state_dict"):
+            average = self._average(name)
+            check_integer("n_averaged", n_averaged, at_least=1)
+            weights, buffers = self._averages.weights(), self._averages.buffers
+            values = read_exported(model, state_dict, weights, buffers)
+            for store in average.stores.values():
+                store.load(store.load_targets(values), values)
+            average.n_averaged.value = int(n_averaged)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as torch.optim does.
@@ -435,12 +441,12 @@ class AveragingOptimizer(Optimizer):
             TypeError: `average` is not a bool, or torch refuses the group.
             ValueError: torch refuses the group.
         """
-        self._averages.refuse_inside_swap("add_param_group")
-        check_group(param_group)
-        self._wrapped.add_param_group(param_group)
-        self._averages.spread_counters()
-        if any(store.tensors for store in self._averages.stores.values()):
-            self._averages.make()
+        with self._averages.writing("add_param_group"):
+            check_group(param_group)
+            self._wrapped.add_param_group(param_group)
+            self._averages.spread_counters()
+            if any(store.tensors for store in self._averages.stores.values()):
+                self._averages.make()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, averages and counters, in torch's format.
@@ -449,13 +455,13 @@ class AveragingOptimizer(Optimizer):
         that `LAWA` takes; every parameter group holds `averaging_steps` and an
         `n_averaged_<name>` for each rule. Averaged buffers are in
         `averaged_buffers[<name>]`, in the order they were given. Tensors are referenced,
-        not copied; averages that change places inside `swap_to_averaged` are copied there.
+        not copied, but for averages inside of `swap_to_averaged(in_place=True)`.
         If the wrapped optimizer's state dict has a format of its own, it is saved as it is,
         with averages and counters under "averaging_optim".
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        self._averages.refuse_if_superseded("state_dict")
+        self._averages.swap.refuse_if_superseded("state_dict")
         self._averages.mend()
         self._averages.spread_counters()
         groups, stores = self._wrapped.param_groups, self._averages.stores
@@ -478,28 +484,32 @@ class AveragingOptimizer(Optimizer):
             ValueError: an entry does not fit; the message names it.
             RuntimeError: inside `swap_to_averaged`.
         """
-        self._averages.refuse_inside_swap("load_state_dict")
-        state_dict = copy.copy(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        stores = self._averages.stores
-        keys = {name: list(average.stores) for name, average in self._averages.items()}
-        checkpoint = read_checkpoint(state_dict, self._wrapped.param_groups, self.buffers, keys)
-        targets = {
-            key: stores[key].load_targets(averages) for key, averages in checkpoint.averages.items()
-        }
-        averages = copy_if_aliased(checkpoint.averages, targets, stores.values())
-        load_or_roll_back(self._wrapped, checkpoint.wrapped)
-        for key, values in averages.items():
-            stores[key].load(targets[key], values)
-        for counter in self._averages.counters():
-            counter.value = checkpoint.counters[counter.key]
-        self._averages.note_state()
-        if checkpoint.missing:
-            missing = ", ".join(checkpoint.missing)
-            warn_user(f"The state dict has no average for {missing}: averaging starts afresh.")
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        with self._averages.writing("load_state_dict"):
+            state_dict = copy.copy(state_dict)
+            for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+                state_dict = pre_hook(self, state_dict) or state_dict
+            stores = self._averages.stores
+            keys = {name: list(average.stores) for name, average in self._averages.items()}
+            checkpoint = read_checkpoint(state_dict, self._wrapped.param_groups, self.buffers, keys)
+            targets = {
+                key: stores[key].load_targets(averages)
+                for key, averages in checkpoint.averages.items()
+            }
+            averages = copy_if_aliased(checkpoint.averages, targets, stores.values())
+            load_or_roll_back(self._wrapped, checkpoint.wrapped)
+            for key, values in averages.items():
+                stores[key].load(targets[key], values)
+            for counter in self._averages.counters():
+                counter.value = checkpoint.counters[counter.key]
+            for average in self._averages.values():
+                if average.name not in checkpoint.averages:
+                    average.start_afresh()
+            self._averages.note_state()
+            if checkpoint.missing:
+                missing = ", ".join(checkpoint.missing)
+                warn_user(f"The state dict has no average for {missing}: averaging starts afresh.")
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} (\nrules: {self.rules}\n{self._wrapped!r}\n)"
@@ -548,7 +558,7 @@ class AveragingOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy would take the weights for averages. Hooks are left out, as torch does.
-        self._averages.refuse_inside_swap("copy or pickle")
+        self._averages.swap.refuse("copy or pickle")
         return {"_wrapped": self._wrapped, "_averages": self._averages}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -576,21 +586,23 @@ class AveragingOptimizer(Optimizer):
             args, kwargs = result
         return args, kwargs
 
-    @_uncompiled
+    @uncompiled
     def _before_step(self, kwargs: Mapping[str, Any]) -> dict[Average, float]:
         """Return the share of each average that the coming step makes due."""
         averages, grad_scaler = self._averages, kwargs.get("grad_scaler")
+        with averages.swap.lock:
+            averages.swap.refuse("step")
+            averages.is_stepping = True
         if averages.steps.value == 0 and not is_init_step(self._wrapped.param_groups):
             averages.begin()
         if grad_scaler is not None:
             share_scaler_state(grad_scaler, self, self._wrapped)
-        averages.is_stepping = True
-        return averages.shares_due()
+        step = averages.steps.value + 1
+        return {each: each.share() for each in averages.each if each.rule.is_due(step)}
 
-    @_uncompiled
+    @uncompiled
     def _after_step(self, shares: Mapping[Average, float], kwargs: Mapping[str, Any]) -> None:
         averages = self._averages
-        averages.is_stepping = False
         if took_no_step(self._wrapped, kwargs):
             return
         averages.state.list_averages()
@@ -601,12 +613,6 @@ class AveragingOptimizer(Optimizer):
         else:
             averages.steps.value += 1
             averages.update(shares)
-
-    def _swapped(self, average: Average) -> AbstractContextManager[None]:
-        if average.n_averaged.value == 0:
-            return nullcontext()
-        self._averages.mend()
-        return average.tensors.swapped(self._averages.weights(), self._averages.buffers)
 
     def _tell_if_trained_past(self, average: Average) -> None:
         if told := self._averages.trained_past(average):
@@ -640,6 +646,7 @@ def _former_averages(optimizer: object) -> Averages | None:
 
 def _no_attribute(optimizer: AveragingOptimizer, name: str) -> str:
     names = [*dir(type(optimizer)), *dir(optimizer.__dict__.get("_wrapped"))]
-    similar = get_close_matches(name, names, n=1)
+    # Classes and what is private are seldom meant.
+    similar = get_close_matches(name, [each for each in names if each[0].islower()], n=1)
     hint = f". Did you mean {similar[0]!r}?" if similar else ""
     return f"{type(optimizer).__name__!r} object has no attribute {name!r}{hint}"

@@ -90,16 +90,28 @@ def float64_averages(rounds: int) -> list[Row]:
 
 
 def swap(rounds: int) -> list[Row]:
-    """In and out, against as many copies of all weights as an exchange has to make."""
+    """In and out, against the copies of all weights that it has to make."""
     model = model_of(half_gpt2())
-    optimizer = AveragingOptimizer(SGD(model.parameters()), EMA(DECAY))
-    optimizer.update_averages()
+    optimizer = _with_average(model)
+    weights = list[Tensor](model.parameters())
+    averages = list[Tensor](optimizer.averaged_model(model).parameters())
     first, second = torch.rand(2, size_of(half_gpt2()))
-    copies = "four flat copies"
-    calls = {OURS: lambda: _swap(optimizer), copies: lambda: _copy_to_and_fro(first, second)}
-    rows = _rows("half GPT-2, swap in and out", race(calls, rounds), {copies: 1.15})
-    mebibytes = _allocated(calls[OURS]) / 2**20
-    return [*rows, Row(rows[0].case, "memory", "", Quartiles(*3 * [mebibytes]), 16, " MiB")]
+    by_hand, flat = "three copies, one into fresh memory", "four flat copies"
+    calls: dict[str, Callable[[], object]] = {
+        OURS: lambda: _swap(optimizer),
+        by_hand: lambda: _copy_through_a_backup(weights, averages),
+    }
+    in_place: dict[str, Callable[[], object]] = {
+        OURS: lambda: _swap(optimizer, in_place=True),
+        flat: lambda: _copy_to_and_fro(first, second),
+    }
+    rows = _rows("half GPT-2, swap in and out", race(calls, rounds), {by_hand: 1.25})
+    rows += _rows("half GPT-2, swap in place", race(in_place, rounds), {flat: 1.15})
+    mebibytes = _allocated(in_place[OURS]) / 2**20
+    rows.append(Row(rows[-1].case, "memory", "", Quartiles(*3 * [mebibytes]), 16, " MiB"))
+    small = _with_average(nn.Linear(1, 1))
+    milliseconds = [1e3 * each for each in race({OURS: lambda: _swap(small)}, rounds).seconds[OURS]]
+    return [*rows, Row("2 weights, swap", "time", "", Quartiles.of(milliseconds), 0.1, " ms")]
 
 
 def adamw_step(rounds: int) -> list[Row]:
@@ -164,9 +176,22 @@ def _timed(result: Race, name: str) -> str:
     return f"{name} {1e3 * result.median(name):,.2f} ms"
 
 
-def _swap(optimizer: AveragingOptimizer) -> None:
-    with optimizer.swap_to_averaged():
+def _with_average(model: nn.Module) -> AveragingOptimizer:
+    optimizer = AveragingOptimizer(SGD(model.parameters()), EMA(DECAY))
+    optimizer.update_averages()
+    return optimizer
+
+
+def _swap(optimizer: AveragingOptimizer, in_place: bool = False) -> None:
+    with optimizer.swap_to_averaged(in_place=in_place):
         pass
+
+
+@torch.no_grad()
+def _copy_through_a_backup(weights: list[Tensor], averages: list[Tensor]) -> None:
+    backup = [weight.detach().clone() for weight in weights]
+    torch._foreach_copy_(weights, averages)
+    torch._foreach_copy_(weights, backup)
 
 
 def _copy_to_and_fro(first: Tensor, second: Tensor) -> None:

@@ -123,11 +123,12 @@ class Ledger:
         self.windows[name] = {key: [kept] * n_averaged for key, kept in self.averages[name].items()}
         self.counts[name] = n_averaged
 
-    def load(self, saved: Ledger) -> None:
-        """Take over what was saved; averages that had not been made then stay."""
+    def load(self, saved: Ledger, present: Present) -> None:
+        """Take over what was saved; averages that had not been made then start afresh."""
         self.steps, self.skipped, self.counts = saved.steps, saved.skipped, saved.counts
         for name, averages in saved.averages.items():
-            self.averages[name] = averages or self.averages[name]
+            afresh = {key: self.copy_of(present[key]) for key in self.averages[name]}
+            self.averages[name] = averages or afresh
             self.windows[name] = saved.windows[name] or {key: [] for key in self.averages[name]}
 
     def is_due(self, name: str) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -89,45 +92,56 @@ def held_inside(model: nn.Module, optimizer: AveragingOptimizer) -> list[Tensor]
         return held(model)
 
 
-def enter(model: nn.Sequential, optimizer: AveragingOptimizer, fault: At) -> None:
-    with contextlib.ExitStack() as swap, fault:
-        swap.enter_context(optimizer.swap_to_averaged())
+Swap = Callable[[], AbstractContextManager[None]]
 
 
-def evaluate(model: nn.Sequential, optimizer: AveragingOptimizer, fault: At) -> None:
+def enter(model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: At) -> None:
+    with contextlib.ExitStack() as stack, fault:
+        stack.enter_context(swap())
+
+
+def evaluate(model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: At) -> None:
     weight = next(model.parameters())
-    with optimizer.swap_to_averaged(), fault:
+    with swap(), fault:
         update_bn([torch.randn(4, 3, dtype=weight.dtype)], model)
         optimizer.state_dict()
 
 
-def leave(model: nn.Sequential, optimizer: AveragingOptimizer, fault: At) -> None:
-    swap = contextlib.ExitStack()
-    swap.enter_context(optimizer.swap_to_averaged())
+def leave(model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: At) -> None:
+    stack = contextlib.ExitStack()
+    stack.enter_context(swap())
     with fault:
-        swap.close()
+        stack.close()
 
 
-def leave_by_exception(model: nn.Sequential, optimizer: AveragingOptimizer, fault: At) -> None:
-    swap = contextlib.ExitStack()
-    swap.enter_context(optimizer.swap_to_averaged())
-    with contextlib.suppress(ZeroDivisionError), fault, swap:
+def leave_by_exception(
+    model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: At
+) -> None:
+    stack = contextlib.ExitStack()
+    stack.enter_context(swap())
+    with contextlib.suppress(ZeroDivisionError), fault, stack:
         raise ZeroDivisionError
 
 
-Part = Callable[[nn.Sequential, AveragingOptimizer, At], None]
+Part = Callable[[nn.Sequential, AveragingOptimizer, Swap, At], None]
 
 
 def assert_restored_after_each(
-    part: Part, run: Run, act: Callable[[], object], written: bool, error: type[BaseException]
+    part: Part,
+    run: Run,
+    in_place: bool,
+    act: Callable[[], object],
+    written: bool,
+    error: type[BaseException],
 ) -> None:
     """Let every call of this part of a swap fail once, and look at everything after each."""
     model, optimizer = run
     before, inside = everything(model, optimizer), held_inside(model, optimizer)
+    swap = functools.partial(optimizer.swap_to_averaged, in_place=in_place)
     failures = 0
     for number in itertools.count(1):
         try:
-            part(model, optimizer, At(number, act, written))
+            part(model, optimizer, swap, At(number, act, written))
         except error:
             failures += 1
         else:
@@ -138,40 +152,44 @@ def assert_restored_after_each(
     assert same(everything(model, optimizer), before)
 
 
+in_place = pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
 written = pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
 dtypes = pytest.mark.parametrize(("weights", "dtype"), DTYPES)
 
 
 @written
 @dtypes
+@in_place
 @pytest.mark.parametrize("part", [enter, evaluate])
 def test_a_failure_at_any_point_restores_everything_and_the_next_swap_works(
-    part: Part, weights: torch.dtype, dtype: torch.dtype | None, written: bool
+    part: Part, in_place: bool, weights: torch.dtype, dtype: torch.dtype | None, written: bool
 ) -> None:
     run = trained(weights, dtype)
     error = torch.OutOfMemoryError
-    assert_restored_after_each(part, run, run_out_of_memory, written, error)
+    assert_restored_after_each(part, run, in_place, run_out_of_memory, written, error)
 
 
 @written
 @dtypes
+@in_place
 @pytest.mark.parametrize("part", [enter, evaluate, leave, leave_by_exception])
 def test_ctrl_c_at_any_point_is_raised_when_everything_is_restored(
-    part: Part, weights: torch.dtype, dtype: torch.dtype | None, written: bool
+    part: Part, in_place: bool, weights: torch.dtype, dtype: torch.dtype | None, written: bool
 ) -> None:
     run = trained(weights, dtype)
     assert_restored_after_each(
-        part, run, lambda: signal.raise_signal(signal.SIGINT), written, KeyboardInterrupt
+        part, run, in_place, lambda: signal.raise_signal(signal.SIGINT), written, KeyboardInterrupt
     )
 
 
 @dtypes
+@in_place
 def test_leaving_allocates_nothing_so_that_it_cannot_run_out_of_memory(
-    weights: torch.dtype, dtype: torch.dtype | None
+    in_place: bool, weights: torch.dtype, dtype: torch.dtype | None
 ) -> None:
     _, optimizer = trained(weights, dtype)
     swap = contextlib.ExitStack()
-    swap.enter_context(optimizer.swap_to_averaged())
+    swap.enter_context(optimizer.swap_to_averaged(in_place=in_place))
     with torch.profiler.profile(profile_memory=True) as profile:
         swap.close()
     assert [event.name for event in profile.events() if event.self_cpu_memory_usage > 0] == []
@@ -206,11 +224,136 @@ def test_a_signal_handler_that_saves_never_sees_half_a_swap(
     state_dict, seen = frozen(optimizer.state_dict()), []
     handle_usr1(lambda: seen.append((frozen(held(model)), frozen(optimizer.state_dict()))))
     for number in (1, 2):
-        part(model, optimizer, At(number, lambda: signal.raise_signal(signal.SIGUSR1)))
+        fault = At(number, lambda: signal.raise_signal(signal.SIGUSR1))
+        part(model, optimizer, optimizer.swap_to_averaged, fault)
     assert len(seen) == 2
     for model_held, saved in seen:
         assert model_held in (before, inside)
         assert saved == state_dict
+
+
+def test_a_swap_without_room_for_a_backup_says_what_to_do_and_changes_nothing() -> None:
+    model, optimizer = trained(torch.float32, None)
+    before = everything(model, optimizer)
+    message = r"no room for a backup .* nothing has changed.*\(in_place=True\)`.*cpu"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        enter(model, optimizer, optimizer.swap_to_averaged, At(1, run_out_of_memory))
+    assert same(everything(model, optimizer), before)
+
+
+def send_all(numbers: Sequence[signal.Signals]) -> None:
+    if numbers:
+        try:
+            signal.raise_signal(numbers[0])
+        finally:
+            send_all(numbers[1:])
+
+
+class Everywhere:
+    """Send signals at one instruction of the swap's own code, found by tracing it."""
+
+    def __init__(self, number: int, numbers: Sequence[signal.Signals]) -> None:
+        self.left, self.numbers = number, list(numbers)
+
+    def trace(self, frame: FrameType, event: str, arg: object) -> Any:
+        if "averaging_optim/_averages" not in frame.f_code.co_filename:
+            return None
+        frame.f_trace_opcodes = True
+        if event in ("call", "opcode"):
+            self.left -= 1
+            if self.left == 0:
+                send_all(self.numbers)
+        return self.trace
+
+    def __enter__(self) -> None:
+        self.former = sys.gettrace()  # that of a debugger, or what measures coverage
+        sys.settrace(self.trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.former)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[signal.SIGINT], [signal.SIGINT] * 2, [signal.SIGINT, signal.SIGUSR1]],
+    ids=["once", "twice", "and_another"],
+)
+def test_signals_at_any_instruction_of_a_swap_find_or_leave_the_weights_as_they_were(
+    numbers: list[signal.Signals], handle_usr1: Callable[[Callable[[], object]], None]
+) -> None:
+    weight = nn.Parameter(torch.tensor([1.0]))
+    optimizer = AveragingOptimizer(torch.optim.SGD([weight], lr=0.1), EMA(0.5))
+    optimizer.update_averages()
+    weight.data.fill_(3.0)
+    called: list[float] = []
+
+    def give_up() -> None:
+        called.append(weight.item())
+        raise SystemExit
+
+    handle_usr1(give_up)
+    handlers = [signal.getsignal(number) for number in numbers]
+    interrupted = 0
+    for number in itertools.count(1):
+        called.clear()
+        everywhere = Everywhere(number, numbers)
+        try:
+            with everywhere, optimizer.swap_to_averaged():
+                pass
+        except (KeyboardInterrupt, SystemExit):
+            interrupted += 1
+        assert weight.item() == 3.0, number
+        assert [signal.getsignal(number) for number in numbers] == handlers, number
+        with optimizer.swap_to_averaged():
+            assert weight.item() == 1.0
+        if everywhere.left > 0:
+            break
+        # The other handler too has been called, and has seen the one weight or the other.
+        assert called in ([[1.0], [3.0]] if signal.SIGUSR1 in numbers else [[]]), number
+    assert interrupted == number - 1 > 300
+
+
+def test_a_handler_that_is_set_inside_a_swap_stays(
+    handle_usr1: Callable[[Callable[[], object]], None],
+) -> None:
+    _, optimizer = trained(torch.float32, None)
+    former = signal.getsignal(signal.SIGUSR1)
+    seen: list[int] = []
+    with optimizer.swap_to_averaged():
+        handle_usr1(lambda: seen.append(1))
+        chosen = signal.getsignal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+    assert chosen is not former
+    assert signal.getsignal(signal.SIGUSR1) is chosen
+    assert seen == [1]
+
+
+class Interrupting:
+    """A handler that raises when it is looked at, as one that is called then may."""
+
+    times = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None: ...
+
+    def __eq__(self, other: object) -> bool:
+        self.times += 1
+        if self.times == 1:
+            raise SystemExit
+        return False
+
+
+def test_what_is_raised_while_handlers_are_put_back_leaves_none_replaced(
+    handle_usr1: Callable[[Callable[[], object]], None],
+) -> None:
+    model, optimizer = trained(torch.float32, None)
+    handle_usr1(lambda: None)
+    before, former = everything(model, optimizer), signal.getsignal(signal.SIGINT)
+    handler = Interrupting()
+    with pytest.raises(SystemExit), optimizer.swap_to_averaged():
+        signal.signal(signal.SIGUSR1, handler)
+    assert signal.getsignal(signal.SIGINT) is former
+    assert signal.getsignal(signal.SIGUSR1) is handler
+    assert same(everything(model, optimizer), before)
 
 
 def test_a_swap_in_another_thread_leaves_signals_to_the_main_one() -> None:
@@ -234,9 +377,13 @@ def give_other_memory(model: nn.Module) -> None:
 
 
 @dtypes
+@in_place
 @pytest.mark.parametrize("move", [cast_down, give_other_memory])
 def test_weights_that_get_other_memory_inside_are_the_training_weights_there_outside(
-    move: Callable[[nn.Module], None], weights: torch.dtype, dtype: torch.dtype | None
+    move: Callable[[nn.Module], None],
+    in_place: bool,
+    weights: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> None:
     model = small_model(weights)
     optimizer = averaging_sgd(model, EMA(0.5), dtype=dtype)
@@ -244,7 +391,7 @@ def test_weights_that_get_other_memory_inside_are_the_training_weights_there_out
     state_dict = frozen(optimizer.state_dict())
     expected = copy.deepcopy(model)
     move(expected)
-    with optimizer.swap_to_averaged():
+    with optimizer.swap_to_averaged(in_place=in_place):
         move(model)
         assert frozen(optimizer.state_dict()) == state_dict
     assert same(model.parameters(), expected.parameters())
@@ -277,7 +424,8 @@ def test_an_exchange_that_fails_half_way_restores_what_was_swapped(broken: str) 
     last = list(model.parameters())[-1]
     read_only(last if broken == "weight" else optimizer.state[last]["averaged_ema"])
     before = everything(model, optimizer)
-    with pytest.raises(RuntimeError, match="more than one element"), optimizer.swap_to_averaged():
+    swap = optimizer.swap_to_averaged(in_place=True)
+    with pytest.raises(RuntimeError, match="more than one element"), swap:
         raise AssertionError("not reached")
     assert same(everything(model, optimizer), before)
     assert len(averages(optimizer, "ema")) == 4

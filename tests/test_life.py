@@ -110,6 +110,7 @@ class Life(RuleBasedStateMachine):
 
     def is_outside(self) -> None:
         self.swap, self.swapped_to = ExitStack(), ""
+        self.is_in_place = self.is_written = False
         self.outside: dict[str, Any] = {}
 
     def new_group(self, drawn: Group) -> None:
@@ -158,12 +159,13 @@ class Life(RuleBasedStateMachine):
             names = self.ledger.rules if name is None else [name]
             self.ledger.update(names, present, self.writing_to(present))
 
-    @rule(choice=CHOICES)
-    def enters_a_swap(self, choice: int) -> None:
+    @rule(choice=CHOICES, in_place=st.booleans())
+    def enters_a_swap(self, choice: int, in_place: bool) -> None:
         name = self.name(choice)
         if name == self.swapped_to or not self.swapped_to:
             self.outside = self.outside or self.everything()
-            self.swap.enter_context(self.optimizer.swap_to_averaged(name))
+            self.is_in_place = self.is_in_place if self.swapped_to else in_place
+            self.swap.enter_context(self.optimizer.swap_to_averaged(name, in_place=in_place))
             self.swapped_to = name
         else:
             self.is_allowed(
@@ -182,6 +184,18 @@ class Life(RuleBasedStateMachine):
         assert self.everything() == self.outside
         assert frozen(self.seen_inside) == self.outside["optimizer"]
         self.is_outside()
+
+    @precondition(
+        lambda self: (
+            self.swapped_to and not self.is_in_place and self.ledger.counts[self.swapped_to]
+        )
+    )
+    @rule(choice=CHOICES, value=st.sampled_from([torch.nan, torch.inf, 7.0]))
+    def writes_into_a_weight_inside(self, choice: int, value: float) -> None:
+        flags = [group["average"] for group in self.groups for _ in group["params"]]
+        averaged = [w for w, flag in zip(self.model.weights, flags, strict=True) if flag]
+        averaged[choice % len(averaged)].data.fill_(value)
+        self.is_written = True
 
     @precondition(lambda self: self.swapped_to and self.with_buffers)
     @rule(seed=SEEDS)
@@ -208,7 +222,7 @@ class Life(RuleBasedStateMachine):
             self.is_refused(lambda: self.optimizer.load_state_dict(state_dict), "`param_groups`")
         elif self.is_allowed("load_state_dict", lambda: self.optimizer.load_state_dict(state_dict)):
             self.bare.load_state_dict(bare)
-            self.ledger.load(ledger)
+            self.ledger.load(ledger, self.present())
         assert frozen(state_dict) == given
 
     def starts_anew(self) -> None:
@@ -287,6 +301,8 @@ class Life(RuleBasedStateMachine):
             call = f"swap_to_averaged('{name}')"
             self.is_allowed(call, lambda: self.optimizer.averaged_state_dict(self.model, name))
             return
+        if self.is_written:
+            return
         exported = self.optimizer.averaged_state_dict(self.model, name)
         with self.optimizer.swap_to_averaged(name):
             assert same(exported.values(), self.model.state_dict().values())
@@ -336,7 +352,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def averaged_models_hold_the_averages(self) -> None:
-        if not self.swapped_to:
+        if not self.is_in_place:
             for name, teacher in self.teachers:
                 kept, held = self.kept(name), teacher.state_dict()
                 shared = held.keys() & kept.keys()
@@ -347,7 +363,7 @@ class Life(RuleBasedStateMachine):
         if self.swapped_to:
             self.seen_inside = self.optimizer.state_dict()
             assert frozen(self.seen_inside) == self.outside["optimizer"]
-            if self.ledger.counts[self.swapped_to]:
+            if self.ledger.counts[self.swapped_to] and not self.is_written:
                 kept, held = self.kept(self.swapped_to), dict(self.model.named_parameters())
                 for key in kept.keys() & held.keys():
                     # Exactly, but that a NaN that is converted may have other bits.

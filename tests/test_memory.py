@@ -41,14 +41,20 @@ def test_the_profiler_sees_what_is_taken_and_what_stays() -> None:
     assert 4000 <= memory.held < 5000
 
 
-def test_a_swap_of_400_megabytes_takes_at_most_16_mebibytes() -> None:
+@pytest.mark.parametrize("in_place", [True, False], ids=["in_place", "backed_up"])
+def test_a_swap_takes_a_backup_of_the_weights_or_in_place_at_most_16_mebibytes(
+    in_place: bool,
+) -> None:
     weights = [nn.Parameter(torch.ones(size)) for size in (60_000_000, 10, 39_999_990)]
     assert sum(weight.nbytes for weight in weights) == 400_000_000
     optimizer = AveragingOptimizer(SGD(weights, lr=0.1), SWA())
     optimizer.update_averages()
-    with measured() as memory, optimizer.swap_to_averaged():
+    with measured() as memory, optimizer.swap_to_averaged(in_place=in_place):
         pass
-    assert 0 < memory.taken <= 16 * MIB
+    if in_place:
+        assert 0 < memory.taken <= 16 * MIB
+    else:
+        assert memory.taken == 400_000_000
     assert memory.held == 0
 
 

@@ -189,3 +189,15 @@ def test_what_is_no_bool_is_refused(value: Any) -> None:
     build: Callable[..., object] = AveragingOptimizer
     with pytest.raises(TypeError, match=rf"`skip_nonfinite` must be True or False, got {value!r}"):
         build(averaging_sgd(small_model(), EMA()).wrapped, EMA(), skip_nonfinite=value)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_decay_of_1_keeps_the_first_weights_whatever_comes(value: float) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = AveragingOptimizer(SGD([weight], lr=0.1), EMA(decay=1.0))
+    optimizer.update_averages()
+    with torch.no_grad():
+        weight.fill_(value)
+    optimizer.update_averages()
+    assert same([optimizer.state[weight]["averaged_ema"]], [torch.ones(2)])
+    assert optimizer.param_groups[0]["n_averaged_ema"] == 2

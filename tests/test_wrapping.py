@@ -121,6 +121,7 @@ def test_unknown_attributes_are_looked_up_on_the_wrapped_optimizer() -> None:
         ("swap_to_avraged", "Did you mean 'swap_to_averaged'"),
         ("paramgroups", "Did you mean 'param_groups'"),
         ("xyz", "'xyz'$"),
+        ("optimizer", "'optimizer'$"),
     ],
 )
 def test_a_mistyped_attribute_is_an_error_that_suggests_the_right_one(name: str, hint: str) -> None:

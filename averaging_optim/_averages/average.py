@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +25,11 @@ class Counter:
 
     @property
     def value(self) -> int:
-        # A group that was put in by hand has none yet.
-        return next((g[self.key] for g in self._optimizer.param_groups if self.key in g), 0)
+        for group in self._optimizer.param_groups:
+            if self.key in group:  # one that was put in by hand has none yet
+                value: int = group[self.key]
+                return value
+        return 0
 
     @value.setter
     def value(self, value: int) -> None:
@@ -39,7 +42,6 @@ class Average:
 
     stores: key after "averaged_" in a state dict → what is kept under it: the average
         first, under its name, then the snapshots that the rule asks for.
-    is_swapped: whether this is the average of a swap, also of one that has no effect.
     """
 
     def __init__(
@@ -55,7 +57,6 @@ class Average:
         self.n_averaged = n_averaged
         self.stores = {key: TensorStore(dtype, device) for key in store_keys(name, rule)}
         self.tensors, *self.snapshots = self.stores.values()
-        self.is_swapped = False
 
     def share(self, n_averaged: int | None = None) -> float:
         """Return the share of the weights in the next update, or in that after so many.
@@ -82,6 +83,11 @@ class Average:
             store.start([source for source in sources if source not in store.tensors])
         return misfits
 
+    def start_afresh(self) -> None:
+        """Let all that is kept have the present values of weights and buffers."""
+        for store in self.stores.values():
+            store.copy_from(list(store.tensors))
+
     def rebuild_from_snapshots(self, sources: Sequence[Tensor]) -> None:
         """Leave the oldest snapshot out, if the average is of as many weights as may be."""
         n_averaged, size = self.n_averaged.value, len(self.snapshots)
@@ -102,16 +108,6 @@ class Average:
     def _fits(self, source: Tensor) -> bool:
         kept = (store.tensors.get(source) for store in self.stores.values())
         return all(tensor is None or tensor.shape == source.shape for tensor in kept)
-
-
-def refuse_inside_swap(averages: Iterable[Average], call: str) -> None:
-    """Raise a RuntimeError that names the call if one of the averages is that of a swap."""
-    for average in averages:
-        if average.is_swapped:
-            raise RuntimeError(
-                f"`{call}` is not allowed inside `swap_to_averaged({average.name!r})`. "
-                "Leave its block first."
-            )
 
 
 def store_keys(name: str, rule: Rule) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from averaging_optim._averages.average import Average, Counter, refuse_inside_swap
+from averaging_optim._averages.average import Average, Counter
 from averaging_optim._averages.entries import AVERAGE, Entries
 from averaging_optim._averages.moving import has_infinity, move_toward
 from averaging_optim._averages.past import TrainedPast, trains
 from averaging_optim._averages.state import State
 from averaging_optim._averages.store import GroupedTensors, TensorStore, are_identical
+from averaging_optim._averages.swap import Swap, SwapState
 from averaging_optim._rules import Rule
 from averaging_optim._warnings import warn_user
 
@@ -31,6 +33,7 @@ class Averages(Mapping[str, Average]):
 
     steps: optimizer steps so far.
     skipped: updates left out because of numbers that are not finite.
+    each: all averages, as `values()` has them.
     stores: key after "averaged_" → where that average or snapshot is kept.
     buffers: those that go with the weights, averaged or copied along.
     """
@@ -48,6 +51,7 @@ class Averages(Mapping[str, Average]):
             name: Average(name, rule, Counter(COUNT + name, optimizer), dtype, device)
             for name, rule in rules.items()
         }
+        self.each = tuple(self._by_name.values())
         self.rules = rules
         self.steps = Counter(STEPS, optimizer)
         self.skipped = Counter(SKIPPED, optimizer)
@@ -60,7 +64,8 @@ class Averages(Mapping[str, Average]):
         self._copied_buffers = tuple(filter(has_infinity, buffers))
         self._optimizer = optimizer
         self._skip_nonfinite = skip_nonfinite
-        self._entries = Entries(tuple(self._by_name.values()), frozenset(buffers))
+        self.swap = SwapState()
+        self._entries = Entries(self.stores, frozenset(buffers), self.swap)
         self._listed: list[Tensor] = []
         self._weights: list[Tensor] = []
         self._moving = list(self._averaged_buffers)
@@ -72,7 +77,6 @@ class Averages(Mapping[str, Average]):
         self._own_state: MutableMapping[Any, Any] = defaultdict(dict)
         self._state: State | None = None
         self.is_stepping = False
-        self.is_superseded = False
         self._past = TrainedPast()
         self._count_from_state()
 
@@ -134,11 +138,6 @@ class Averages(Mapping[str, Average]):
         due = [each for each in self._by_name.values() if each.rule.is_due(0)]
         if shares := {each: 1.0 for each in due if each.n_averaged.value == 0}:
             self.update(shares)
-
-    def shares_due(self) -> dict[Average, float]:
-        """Return the share of each average that the coming step makes due."""
-        step = self.steps.value + 1
-        return {each: each.share() for each in self._by_name.values() if each.rule.is_due(step)}
 
     def update(self, shares: Mapping[Average, float]) -> None:
         """Update these averages, or skip them all."""
@@ -312,17 +311,34 @@ class Averages(Mapping[str, Average]):
         value.put_back()
         value.update(parts)
 
-    def refuse_inside_swap(self, call: str) -> None:
-        if self.is_superseded:
-            self.refuse_if_superseded(call)
-        refuse_inside_swap(self._by_name.values(), call)
+    def swap_to(self, average: Average, *, in_place: bool) -> Swap:
+        @contextmanager
+        def move() -> Iterator[None]:
+            if self.is_stepping:
+                raise RuntimeError(
+                    f"`swap_to_averaged({average.name!r})` is not allowed while `step` runs."
+                )
+            if torch._C._are_functorch_transforms_active():
+                # Whose gradients would be of the weights that are there after the block.
+                raise RuntimeError(
+                    f"`swap_to_averaged({average.name!r})` is not allowed inside a function that "
+                    "torch.func transforms. Call the transformed function inside the block."
+                )
+            if average.n_averaged.value == 0:
+                yield
+                return
+            self.mend()
+            with average.tensors.in_place_of(self.weights(), self.buffers, exchanging=in_place):
+                yield
 
-    def refuse_if_superseded(self, call: str) -> None:
-        if self.is_superseded:
-            raise RuntimeError(
-                f"`{call}` is not allowed, since the wrapped optimizer has been wrapped again. "
-                "Use the AveragingOptimizer that wraps it now."
-            )
+        return Swap(self.swap, average, move)
+
+    @contextmanager
+    def writing(self, call: str) -> Iterator[None]:
+        """Keep swaps from being entered, or raise a RuntimeError that names the call inside one."""
+        with self.swap.lock:
+            self.swap.refuse(call)
+            yield
 
     def _take_over(self, kept: MutableMapping[Any, Any]) -> None:
         """Move averages here from where the optimizer itself has loaded them."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from averaging_optim._averages.sharding import reshard_modules, sharding_of
 
@@ -23,7 +24,9 @@ def caches_invalidated(weights: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _drop_copies(is_sharded: bool) -> None:
-    # Autocast keeps weights in lower precision until its block is left.
+    # Autocast keeps weights in lower precision until its block is left, and so does
+    # `parametrize.cached()` what its parametrizations make of them.
     torch.clear_autocast_cache()
+    parametrize._cache.clear()
     if is_sharded:
         reshard_modules()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from averaging_optim._averages.average import Average, refuse_inside_swap
 from averaging_optim._averages.moving import copy_into, numeric_kind, same_dtype_and_device
 from averaging_optim._averages.sharding import local_parts, sharding_of
+from averaging_optim._averages.store import TensorStore
+from averaging_optim._averages.swap import SwapState
 from averaging_optim._checks import short_repr
 
 AVERAGE = "averaged_"
@@ -23,16 +24,17 @@ class Entries:
     changes: how often an average has been written or dropped here.
 
     Args:
-        averages: all there are of an optimizer.
+        stores: key after "averaged_" → store.
         hidden: what has an average and is no parameter.
+        swap: inside of which no average may be written.
     """
 
-    def __init__(self, averages: Collection[Average], hidden: frozenset[Tensor]) -> None:
-        self.stores = {
-            AVERAGE + key: store for each in averages for key, store in each.stores.items()
-        }
+    def __init__(
+        self, stores: Mapping[str, TensorStore], hidden: frozenset[Tensor], swap: SwapState
+    ) -> None:
+        self.stores = {AVERAGE + key: store for key, store in stores.items()}
         self.changes = 0
-        self._averages = averages
+        self._swap = swap
         self._hidden = hidden
 
     def parameters(self) -> list[Tensor]:
@@ -71,14 +73,14 @@ class Entries:
             if each is not self.stores[key].tensors.get(parameter)
         }
         if changed:
-            refuse_inside_swap(self._averages, f"state[...][{next(iter(changed))!r}] = ...")
+            self._swap.refuse(f"state[...][{next(iter(changed))!r}] = ...")
             self.check(parameter, changed)
             self.changes += 1
             for key, each in changed.items():
                 self.stores[key].put(parameter, each)
 
     def drop(self, parameter: Tensor, key: str) -> None:
-        refuse_inside_swap(self._averages, f"del state[...][{key!r}]")
+        self._swap.refuse(f"del state[...][{key!r}]")
         self.changes += 1
         self.stores[key].drop([parameter])
 

@@ -63,6 +63,7 @@ def shares_storage(first: Tensor, second: Tensor) -> bool:
     return bool(here.untyped_storage()._cdata == there.untyped_storage()._cdata)
 
 
+@torch.inference_mode(mode=False)
 @torch.no_grad()
 def new_average(tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
     """Return a copy of `tensor` in the dtype and on the device of its average."""
@@ -106,7 +107,7 @@ def move_toward(groups: Iterable[list[list[Tensor]]], shares: Sequence[float]) -
             for part, share in zip(parts, shares, strict=True):
                 if is_copied or share == 1:
                     torch._foreach_copy_(part, present)
-                else:
+                elif share > 0:  # as 0 · (∞ − average) is NaN
                     torch._foreach_lerp_(part, present, share)
 
 
@@ -166,16 +167,18 @@ def restored_if_moved(tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> It
 def overwritten_until_exit(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[None]:
     """Let the targets hold the sources' values until the block is left.
 
-    Needs a backup of all targets; the sources are only read.
+    Needs a backup of all targets, on the devices of the sources, which are only read. It is
+    kept until the block is left, so that leaving allocates nothing.
     """
-    backups = [detached_copy(target) for target in targets]
+    backups = _backups(targets, sources)
     try:
         copy_into(targets, sources)
         yield
     finally:
-        copy_into(targets, backups)
+        _restore(targets, backups)
 
 
+@torch.inference_mode(mode=False)
 def detached_copy(tensor: Tensor) -> Tensor:
     """Return a copy that shares neither memory nor graph."""
     return tensor.detach().clone()
@@ -221,11 +224,38 @@ def _largest(tensors: Iterable[Tensor]) -> float:
     return get_total_norm([each for each in tensors if each.numel()], math.inf).item()
 
 
+@torch.inference_mode(mode=False)
+def _backups(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each target, copied to where its source is."""
+    there = [source.device for source in local_parts(sources)]
+    try:
+        parts = local_parts([target.detach() for target in targets])
+        return [part.to(device, copy=True) for part, device in zip(parts, there, strict=True)]
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            "There is no room for a backup of the weights, and nothing has changed. Use "
+            "`swap_to_averaged(in_place=True)`, or keep the averages, and with them the backup, "
+            f'in main memory with `device="cpu"`. ({error})'
+        ) from error
+
+
+def _restore(targets: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
+    resized = []
+    for target, backup in zip(targets, backups, strict=True):
+        (here,) = local_parts([target])
+        if here.shape != backup.shape:  # by `target.data = ...`
+            resized.append((target, backup))
+    for target, backup in resized:
+        target.data = backup.to(target.device, target.dtype)
+    copy_into(targets, backups)
+
+
 def _share_memory(first: Tensor, second: Tensor) -> bool:
     here, there = local_parts([first, second])
     return here.data_ptr() == there.data_ptr()
 
 
+@torch.inference_mode(mode=False)
 def _blocks(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[_Block]:
     for group, partners in group_by_dtype_and_device(firsts, seconds):
         limit = SCRATCH_BYTES // group[0].element_size()

@@ -1,51 +1,88 @@
-"""Signals wait while values are under way, so that Ctrl-C leaves none of them half-way."""
+"""Signals wait while a swap is entered or left, so that Ctrl-C never leaves one half-way."""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from types import FrameType
+from weakref import WeakSet
+
+_Handler = Callable[[int, FrameType | None], object]
+_Received = tuple[_Handler, int, FrameType | None]
+# What `signal.getsignal` calls, and makes an enum of, which takes 0.3 ms for all signals.
+_getsignal: Callable[[int], object] = importlib.import_module("_signal").getsignal
+
+# Ctrl-C first: from then on it waits for the others to be replaced.
+_NUMBERS = sorted(map(int, signal.valid_signals()), key=lambda number: number != signal.SIGINT)
 
 
-@contextmanager
-def signals_deferred_around(context: AbstractContextManager[None]) -> Iterator[None]:
-    """Enter and leave the context without being interrupted; its body may be."""
-    stack = ExitStack()
-    try:
-        with signals_deferred():
-            stack.enter_context(context)
-        yield
-    finally:
-        with signals_deferred():
-            stack.close()
+class DeferredSignals:
+    """Handlers in Python that wait while they must not interrupt.
 
+    Python runs them in its main thread, between any two instructions. Some raise, as that
+    of Ctrl-C does; some save a checkpoint. They are replaced for as long as somebody holds,
+    so that the first instructions of leaving are covered too.
 
-@contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Let every signal that has a handler in Python wait until the block is left.
-
-    Python runs such handlers in its main thread, between any two instructions. Some
-    raise, as that of Ctrl-C does; some save a checkpoint.
+    Args:
+        must_wait: frame → whether a handler must not run there, nor in what it has called.
     """
-    waiting: list[tuple[int, FrameType | None]] = []
-    handlers = _handlers()
-    for number in handlers:
-        signal.signal(number, lambda *received: waiting.append(received))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in waiting:
-            handlers[number](number, frame)
+
+    def __init__(self, must_wait: Callable[[FrameType], bool]) -> None:
+        self._must_wait = must_wait
+        self._holders: WeakSet[object] = WeakSet()
+        self._handlers: dict[int, _Handler] = {}
+        self._waiting: list[_Received] = []
+
+    def hold(self, holder: object) -> None:
+        """Replace all handlers; other threads than the main one have none to replace."""
+        self._holders.add(holder)
+        if threading.current_thread() is threading.main_thread():
+            for number in _NUMBERS:
+                handler = _getsignal(number)
+                # Others are a number, or None where the handler is in C.
+                if callable(handler) and handler != self._receive:
+                    self._handlers[number] = handler
+                    signal.signal(number, self._receive)
+
+    def release(self, holder: object) -> None:
+        """Put the handlers back when nobody holds, but for those that were replaced since."""
+        self._holders.discard(holder)
+        if self._holders or threading.current_thread() is not threading.main_thread():
+            return
+        # Ctrl-C last, for handlers that are back already may raise meanwhile.
+        self._put_back(sorted(self._handlers, key=lambda number: number == signal.SIGINT))
+
+    def call_waiting(self) -> None:
+        """Call the handlers of all signals that have waited, also if one of them raises."""
+        waiting, self._waiting = self._waiting, []
+        _call_all(waiting)
+
+    def _put_back(self, left: list[int]) -> None:
+        try:
+            while left:
+                if _getsignal(left[0]) == self._receive:
+                    signal.signal(left[0], self._handlers[left[0]])
+                del left[0]
+        except BaseException:
+            self._put_back(left)
+            raise
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        received = self._handlers[number], number, frame
+        while frame is not None:
+            if self._must_wait(frame):
+                self._waiting.append(received)
+                return
+            frame = frame.f_back
+        _call_all([received])
 
 
-def _handlers() -> dict[int, Callable[[int, FrameType | None], object]]:
-    """Return signal → its handler in Python; none outside the main thread, which has them all."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    # Others are a number, or None where the handler is in C.
-    return {number: each for number, each in handlers.items() if callable(each)}
+def _call_all(waiting: Sequence[_Received]) -> None:
+    if waiting:
+        (handler, number, frame), *others = waiting
+        try:
+            handler(number, frame)
+        finally:
+            _call_all(others)

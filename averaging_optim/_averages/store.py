@@ -91,20 +91,26 @@ class TensorStore:
         move_toward(group_by_dtype_and_device(others, kept), [share])
 
     @contextmanager
-    def swapped(self, weights: Iterable[Tensor], buffers: Iterable[Tensor]) -> Iterator[None]:
-        """Let weights and buffers hold their averages until the block is left."""
-        weights = [weight for weight in weights if weight in self.tensors]
-        alike = [each for each in weights if same_dtype_and_device(each, self.tensors[each])]
+    def in_place_of(
+        self, weights: Iterable[Tensor], buffers: Iterable[Tensor], *, exchanging: bool
+    ) -> Iterator[None]:
+        """Let weights and buffers have the values of their averages until the block is left.
+
+        Args:
+            exchanging: let weights and averages change places where they are alike, rather
+                than back the weights up.
+        """
+        sources = [source for source in (*weights, *buffers) if source in self.tensors]
         # Averages of buffers stay: update_bn in the block must not reach them.
-        others = [each for each in weights if not same_dtype_and_device(each, self.tensors[each])]
-        others += [buffer for buffer in buffers if buffer in self.tensors]
+        alike = [each for each in weights if exchanging and self._is_alike(each)]
         # The memory that holds the averages meanwhile: `Module.to` would give a weight another.
         held = {weight: weight.detach() for weight in alike}
+        others = [source for source in sources if source not in held]
         with (
             overwritten_until_exit(others, [self.tensors[other] for other in others]),
             restored_if_moved(alike, list(held.values())),
             exchanged(list(held.values()), [self.tensors[weight] for weight in alike]),
-            caches_invalidated(weights),
+            caches_invalidated(sources),
         ):
             self._held = held
             try:
@@ -134,6 +140,10 @@ class TensorStore:
         if kept is not None and kept.shape == source.shape and self._is_in_place(kept, source):
             return kept
         return new_average(source, self._dtype, self._device)
+
+    def _is_alike(self, source: Tensor) -> bool:
+        kept = self.tensors.get(source)
+        return kept is not None and same_dtype_and_device(source, kept)
 
     def _holds(self, value: Tensor) -> bool:
         return any(kept is value for kept in self.tensors.values())
