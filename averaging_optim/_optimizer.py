@@ -462,7 +462,7 @@ class AveragingOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         self._averages.swap.refuse_if_superseded("state_dict")
-        self._averages.mend()
+        self._averages.make(only_begun=True)
         self._averages.spread_counters()
         groups, stores = self._wrapped.param_groups, self._averages.stores
         state_dict = write_checkpoint(self._wrapped.state_dict(), groups, self.buffers, stores)

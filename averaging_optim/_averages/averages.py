@@ -70,9 +70,8 @@ class Averages(Mapping[str, Average]):
         self._weights: list[Tensor] = []
         self._moving = list(self._averaged_buffers)
         self._sources = list(self.buffers)
-        self._ready_for: list[Tensor] | None = None
-        self._shapes: list[torch.Size] = []
-        self._seen_changes = 0
+        self._source_changes = 0
+        self._ready: tuple[object, ...] = ()
         self._grouped: dict[tuple[str, ...], GroupedTensors] = {}
         self._own_state: MutableMapping[Any, Any] = defaultdict(dict)
         self._state: State | None = None
@@ -128,6 +127,7 @@ class Averages(Mapping[str, Average]):
         ]
         if not are_identical(listed, self._listed):
             self._listed = listed
+            self._source_changes += 1
             self._weights = list(dict.fromkeys(listed))
             self._moving = [*self._weights, *self._averaged_buffers]
             self._sources = [*self._weights, *self.buffers]
@@ -135,7 +135,7 @@ class Averages(Mapping[str, Average]):
 
     def begin(self) -> None:
         """Average by the rules that begin with the weights before the first step."""
-        due = [each for each in self._by_name.values() if each.rule.is_due(0)]
+        due = [each for each in self.each if each.rule.is_due(0)]
         if shares := {each: 1.0 for each in due if each.n_averaged.value == 0}:
             self.update(shares)
 
@@ -208,28 +208,26 @@ class Averages(Mapping[str, Average]):
     def trained_past(self, average: Average) -> str:
         return self._past.message(average, self.steps.value, bool(self.state.kept))
 
-    def make(self) -> list[Tensor]:
-        """Let every source have averages that fit it, and no other; return the sources."""
-        sources = self.sources()
-        shapes = [source.shape for source in sources]
-        if (
-            sources is not self._ready_for
-            or shapes != self._shapes
-            or self._entries.changes != self._seen_changes
-        ):
+    def make(self, *, only_begun: bool = False) -> None:
+        """Let every source have averages that fit it, and no other.
+
+        Args:
+            only_begun: leave out averages that have no tensors yet.
+        """
+        shapes = [source.shape for source in self.sources()]
+        ready = self._source_changes, shapes, self._entries.changes
+        if ready == self._ready:
+            return
+        if only_begun:
+            self._fit([each for each in self.each if each.tensors.tensors])
+        else:
             self._refuse_foreign_keys()
-            self._fit(self._by_name.values(), sources)
-            self._ready_for, self._shapes = sources, shapes
-            self._seen_changes = self._entries.changes
-        return sources
+            self._fit(self.each)
+            self._ready = ready
 
-    def mend(self) -> None:
-        """Do as `make` does for those averages that have been made yet."""
-        sources = self.sources()
-        self._fit([each for each in self.values() if each.tensors.tensors], sources)
-
-    def _fit(self, averages: Iterable[Average], sources: Sequence[Tensor]) -> None:
+    def _fit(self, averages: Iterable[Average]) -> None:
         self._let_go()
+        sources = self.sources()
         misfits: dict[str, list[Tensor]] = {}
         for average in averages:
             if average.tensors.changes == 0 and sources and average.n_averaged.value > 0:
@@ -327,7 +325,7 @@ class Averages(Mapping[str, Average]):
             if average.n_averaged.value == 0:
                 yield
                 return
-            self.mend()
+            self.make(only_begun=True)
             with average.tensors.in_place_of(self.weights(), self.buffers, exchanging=in_place):
                 yield
 

@@ -52,6 +52,10 @@ class Entries:
         stores = self.stores.items() if isinstance(parameter, Tensor) else ()
         return {key: each.read(parameter) for key, each in stores if parameter in each.tensors}
 
+    def keys(self, parameter: Tensor) -> list[str]:
+        """Return the keys of the averages of a parameter, none of which is read."""
+        return [key for key, store in self.stores.items() if parameter in store.tensors]
+
     def are_in(self, entry: object) -> bool:
         """Return whether a dict holds averages."""
         return isinstance(entry, dict) and not self.stores.keys().isdisjoint(entry)

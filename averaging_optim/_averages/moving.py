@@ -240,13 +240,9 @@ def _backups(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tenso
 
 
 def _restore(targets: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
-    resized = []
-    for target, backup in zip(targets, backups, strict=True):
-        (here,) = local_parts([target])
+    for target, here, backup in zip(targets, local_parts(targets), backups, strict=True):
         if here.shape != backup.shape:  # by `target.data = ...`
-            resized.append((target, backup))
-    for target, backup in resized:
-        target.data = backup.to(target.device, target.dtype)
+            target.data = backup.to(target.device, target.dtype)
     copy_into(targets, backups)
 
 

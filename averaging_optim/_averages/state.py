@@ -108,6 +108,9 @@ class Entry(_View):
             return dict(self._taken)
         return self._entries.of(self._parameter)
 
+    def _keys(self) -> list[str]:
+        return list(self._taken) if self.is_taken_out else self._entries.keys(self._parameter)
+
     def take_out(self) -> None:
         """Keep what the entry shows now, whatever becomes of its place."""
         self._taken = self.averages()
@@ -118,9 +121,11 @@ class Entry(_View):
         self._parameter, self._kept, self._taken = parameter, kept, {}
 
     def __getitem__(self, key: str) -> Any:
-        if key in self._entries.stores and key in (averages := self.averages()):
-            return averages[key]
-        return self.others[key]
+        if key not in self._keys():
+            return self.others[key]
+        if self.is_taken_out:
+            return self._taken[key]
+        return self._entries.stores[key].read(self._parameter)
 
     def _store(self, items: dict[Any, Any]) -> None:
         stores = self._entries.stores
@@ -135,7 +140,7 @@ class Entry(_View):
         self.others.update(items)
 
     def __delitem__(self, key: str) -> None:
-        if key not in self._entries.stores or key not in self.averages():
+        if key not in self._keys():
             del self.others[key]
         elif self.is_taken_out:
             del self._taken[key]
@@ -148,10 +153,10 @@ class Entry(_View):
 
     def __iter__(self) -> Iterator[str]:
         yield from self.others
-        yield from self.averages()
+        yield from self._keys()
 
     def __len__(self) -> int:
-        return len(self.others) + len(self.averages())
+        return len(self.others) + len(self._keys())
 
     def copy(self) -> dict[str, Any]:
         return {**self.others, **self.averages()}

@@ -60,8 +60,7 @@ class TensorStore:
 
         It is copied if its dtype or device is another, or its memory is that of its source.
         """
-        kept = self.tensors.get(source)
-        if kept is not None and kept.shape == value.shape and self._is_in_place(kept, source):
+        if (kept := self._kept_in_place(source, value.shape)) is not None:
             copy_into([kept], [value])
             return
         dtype, device = average_dtype(source, self._dtype), self._place(source)
@@ -136,10 +135,8 @@ class TensorStore:
         self.changes += len(tensors)
 
     def _load_target(self, source: Tensor) -> Tensor:
-        kept = self.tensors.get(source)
-        if kept is not None and kept.shape == source.shape and self._is_in_place(kept, source):
-            return kept
-        return new_average(source, self._dtype, self._device)
+        kept = self._kept_in_place(source, source.shape)
+        return new_average(source, self._dtype, self._device) if kept is None else kept
 
     def _is_alike(self, source: Tensor) -> bool:
         kept = self.tensors.get(source)
@@ -148,8 +145,11 @@ class TensorStore:
     def _holds(self, value: Tensor) -> bool:
         return any(kept is value for kept in self.tensors.values())
 
-    def _is_in_place(self, kept: Tensor, source: Tensor) -> bool:
-        return kept.device == self._place(source)
+    def _kept_in_place(self, source: Tensor, shape: torch.Size) -> Tensor | None:
+        """Return the present tensor of a source if it has this shape, and is where it should be."""
+        kept = self.tensors.get(source)
+        is_fit = kept is not None and kept.shape == shape and kept.device == self._place(source)
+        return kept if is_fit else None
 
     def _place(self, source: Tensor) -> torch.device:
         return self._device or source.device
