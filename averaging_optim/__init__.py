@@ -1,5 +1,6 @@
 """Averaged weights for PyTorch, kept by the optimizer."""
 
+from averaging_optim._checkpoints.renaming import renamed
 from averaging_optim._optimizer import AveragingOptimizer
 from averaging_optim._profile import Profile, describe
 from averaging_optim._rules import (
@@ -17,6 +18,7 @@ from averaging_optim._rules import (
     SwitchEMA,
     TFRamp,
 )
+from averaging_optim._together import Together, together
 
 __all__ = [
     "EMA",
@@ -34,6 +36,9 @@ __all__ = [
     "Rule",
     "SwitchEMA",
     "TFRamp",
+    "Together",
     "describe",
+    "renamed",
+    "together",
 ]
 __version__ = "0.1.0"

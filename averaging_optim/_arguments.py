@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from averaging_optim._averages.average import store_keys
+from averaging_optim._averages.sources import Buffers, Excluded, unwrapped
 from averaging_optim._checks import check_bool
 from averaging_optim._rules import Formula, Rule
 
@@ -75,18 +76,45 @@ def _is_function(rule: object) -> TypeGuard[Callable[[int], float]]:
     return callable(rule) and not isinstance(rule, type)
 
 
-def checked_buffers(buffers: Iterable[Tensor], optimizer: Optimizer) -> tuple[Tensor, ...]:
-    """Return the buffers, each once."""
-    if isinstance(buffers, Tensor) or not isinstance(buffers, Iterable):
-        raise TypeError(f"`buffers` must be an iterable of tensors, got {buffers!r}.")
-    unique = tuple(dict.fromkeys(buffers))
+def checked_buffers(
+    buffers: nn.Module | Iterable[Tensor], use_buffers: bool, optimizer: Optimizer
+) -> Buffers:
+    """Return the buffers of a model, or these tensors, each once."""
+    check_bool("use_buffers", use_buffers)
+    if isinstance(buffers, nn.Module):
+        found = Buffers(unwrapped(buffers), use_buffers)
+    else:
+        rule = "a model or an iterable of tensors"
+        found = Buffers(_checked_tensors("buffers", buffers, rule), use_buffers)
     trained = {weight for group in optimizer.param_groups for weight in group["params"]}
-    for buffer in unique:
-        if not isinstance(buffer, Tensor):
-            raise TypeError(f"`buffers` must hold tensors, got {buffer!r}.")
+    for buffer in found.by_key.values():
         _check_memory("buffers", buffer)
         if buffer in trained:
             raise ValueError("`buffers` must hold no parameter that is trained, got one.")
+    return found
+
+
+def checked_exclude(
+    exclude: Iterable[Tensor] | Callable[[Tensor], bool] | None, optimizer: Optimizer
+) -> Callable[[Tensor], bool]:
+    """Return whether each parameter is excluded."""
+    if callable(exclude) and not isinstance(exclude, type | nn.Module):
+        for weight in [weight for group in optimizer.param_groups for weight in group["params"]]:
+            if not isinstance(answer := exclude(weight), bool):
+                raise TypeError(f"`exclude` must return True or False, got {answer!r}.")
+        return exclude
+    rule = "a function of a parameter or an iterable of parameters"
+    return Excluded(() if exclude is None else _checked_tensors("exclude", exclude, rule))
+
+
+def _checked_tensors(argument: str, tensors: object, rule: str) -> tuple[Tensor, ...]:
+    """Return the tensors of an iterable, each once."""
+    if isinstance(tensors, Tensor | nn.Module) or not isinstance(tensors, Iterable):
+        raise TypeError(f"`{argument}` must be {rule}, got {tensors!r}.")
+    unique = tuple(dict.fromkeys(tensors))
+    for each in unique:
+        if not isinstance(each, Tensor):
+            raise TypeError(f"`{argument}` must hold tensors, got {each!r}.")
     return unique
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -48,3 +48,9 @@ def short_repr(value: object) -> str:
     except Exception:  # such as that of an int of more than 4300 digits
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def short_list(names: Sequence[str]) -> str:
+    """Return names as an error shows them: the first few, and how many there are more."""
+    shown = ", ".join(map(repr, names[:5]))
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

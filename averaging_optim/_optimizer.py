@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -20,21 +20,21 @@ from averaging_optim._arguments import (
     checked_buffers,
     checked_device,
     checked_dtype,
+    checked_exclude,
     checked_rules,
 )
+from averaging_optim._averaged import Averaged
 from averaging_optim._averages.average import Average
 from averaging_optim._averages.averages import Averages
-from averaging_optim._averages.moving import detached_copy
 from averaging_optim._averages.steps import is_init_step, share_scaler_state, took_no_step
 from averaging_optim._averages.store import copy_if_aliased
-from averaging_optim._averages.swap import Swap
-from averaging_optim._checkpoints.exports import read_exported
+from averaging_optim._checkpoints.buffers import AveragedBuffers
 from averaging_optim._checkpoints.format import (
     load_or_roll_back,
     read_checkpoint,
     write_checkpoint,
 )
-from averaging_optim._checks import check_bool, check_integer
+from averaging_optim._checks import check_bool
 from averaging_optim._compiling import uncompiled
 from averaging_optim._rules import Rule
 from averaging_optim._signatures import shows_signature_of_wrapped
@@ -51,7 +51,7 @@ _SET_BY_GRAD_SCALER = frozenset({"grad_scale", "found_inf"})
 _wrappers: WeakKeyDictionary[Any, ReferenceType[AveragingOptimizer]] = WeakKeyDictionary()
 
 
-class AveragingOptimizer(Optimizer):
+class AveragingOptimizer(Averaged, Optimizer):
     """A torch optimizer that keeps averages of the weights it trains.
 
     average ← average + wₙ · (weights − average)
@@ -128,7 +128,9 @@ class AveragingOptimizer(Optimizer):
         optimizer: Optimizer,
         rule: AnyRule | Mapping[str, AnyRule],
         *,
-        buffers: Iterable[Tensor] = (),
+        buffers: nn.Module | Iterable[Tensor] = (),
+        use_buffers: bool = True,
+        exclude: Iterable[Tensor] | Callable[[Tensor], bool] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         skip_nonfinite: bool = False,
@@ -139,10 +141,13 @@ class AveragingOptimizer(Optimizer):
         if former := _former_averages(optimizer):
             former.swap.refuse("AveragingOptimizer(...)")
         rules = checked_rules(rule)
-        unique_buffers = checked_buffers(buffers, optimizer)
+        found_buffers = checked_buffers(buffers, use_buffers, optimizer)
+        is_excluded = checked_exclude(exclude, optimizer)
         dtype, device = checked_dtype(dtype), checked_device(device)
         check_bool("skip_nonfinite", skip_nonfinite)
-        averages = Averages(rules, optimizer, unique_buffers, dtype, device, skip_nonfinite)
+        averages = Averages(
+            rules, optimizer, found_buffers, is_excluded, dtype, device, skip_nonfinite
+        )
         if former:
             former.swap.is_superseded = True
         # `Optimizer.__init__` would make parameter groups; this makes hooks and nothing else.
@@ -160,8 +165,23 @@ class AveragingOptimizer(Optimizer):
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """The buffers that are averaged along."""
-        return self._averages.buffers
+        """The buffers that go with the weights, averaged or copied along."""
+        return tuple(self._averages.look_up().buffers.by_key.values())
+
+    @property
+    def averaged_buffers(self) -> AveragedBuffers:
+        """Averages of `buffers`, to save in a distributed checkpoint beside the optimizer's state.
+
+        `torch.distributed.checkpoint` saves states of parameters only. It saves and loads this
+        object under any key, in the same call as the optimizer's state:
+
+            dcp.save({"optimizer": state, "buffers": optimizer.averaged_buffers}, ...)
+        """
+        return AveragedBuffers(self._averages)
+
+    @property
+    def _each(self) -> Sequence[Averages]:
+        return (self._averages,)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -207,96 +227,6 @@ class AveragingOptimizer(Optimizer):
         """
         self._wrapped.zero_grad(*args, **kwargs)
 
-    def swap_to_averaged(self, name: str | None = None, *, in_place: bool = False) -> Swap:
-        """Evaluate with averaged weights: they are in the model until the block is left.
-
-        Example:
-            >>> import torch
-            >>> from averaging_optim import SWA, AveragingOptimizer
-            >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
-            >>> optimizer = AveragingOptimizer(torch.optim.SGD([weight], lr=1.0), SWA())
-            >>> optimizer.update_averages()
-            >>> _ = weight.data.fill_(4.0)
-            >>> with optimizer.swap_to_averaged():
-            ...     weight.item()
-            2.0
-            >>> weight.item()
-            4.0
-
-        On leaving, weights and buffers are bit for bit what they were on entering, also after
-        an exception and whatever has been written into them inside, as by
-        `torch.optim.swa_utils.update_bn`, by `Embedding(max_norm=...)` or by adapters that
-        merge in `eval()`. Casting or moving the model inside is fine: the training weights
-        come back in the new dtype and place. Averages are only read.
-
-        Values move, tensors stay where they are. The weights are backed up where the averages
-        are, which takes their memory once more. Ctrl-C and other signals with a handler in
-        Python wait while values move.
-
-        Until a rule's first update, swapping to it has no effect. Swaps to the same average
-        may overlap, nested or not, in one thread or several: the weights come back when the
-        last of them is left.
-
-        Args:
-            name: which average; may be left out if there is only one.
-            in_place: exchange weights and averages, through a scratch of a few MiB, instead
-                of backing the weights up. Then nothing inside may write into the weights, or
-                it is in the average for good; what was handed out of the averages before
-                (a state dict, `averaged_model`) holds the weights inside; and leaving a swap
-                must not fail. Only for averages of the dtype and device of their weights;
-                others are backed up all the same.
-
-        Raises:
-            ValueError: there is no average of this name, or several and no name.
-            RuntimeError: inside a swap to another average, while `step` runs, inside a
-                function that torch.func transforms, or if what is returned is entered or
-                left twice.
-            torch.OutOfMemoryError: there is no room for the backup; nothing has changed.
-        """
-        check_bool("in_place", in_place)
-        average = self._average(name)
-        self._averages.swap.refuse_if_superseded("swap_to_averaged")
-        self._tell_if_trained_past(average)
-        return self._averages.swap_to(average, in_place=in_place)
-
-    def evaluate_averages(self, evaluate: Callable[[], _Result]) -> dict[str, _Result]:
-        """Return what `evaluate` returns of the weights as they are, and under each average.
-
-        An average that has no updates yet, as before its `start`, is the weights.
-
-        Args:
-            evaluate: called once for each; under the average as in `swap_to_averaged`. Tensors
-                that it returns must be copies: `model.state_dict` would return the weights
-                that are there afterwards.
-
-        Returns:
-            name of the rule → result, with that of the training weights under "weights",
-            the first.
-
-        Raises:
-            RuntimeError: inside `swap_to_averaged`.
-            ValueError: a rule is named "weights".
-
-        Example:
-            >>> import torch
-            >>> from averaging_optim import EMA, SWA, AveragingOptimizer
-            >>> weight = torch.nn.Parameter(torch.tensor([2.0]))
-            >>> sgd = torch.optim.SGD([weight], lr=1.0)
-            >>> optimizer = AveragingOptimizer(sgd, {"fast": EMA(0.5), "mean": SWA()})
-            >>> optimizer.update_averages()
-            >>> _ = weight.data.fill_(4.0)
-            >>> optimizer.evaluate_averages(weight.item)
-            {'weights': 4.0, 'fast': 2.0, 'mean': 2.0}
-        """
-        self._averages.swap.refuse("evaluate_averages")
-        if "weights" in self.rules:
-            raise ValueError("`rules` must name no average 'weights', the key of the weights.")
-        results = {"weights": evaluate()}
-        for name in self.rules:
-            with self.swap_to_averaged(name):
-                results[name] = evaluate()
-        return results
-
     @uncompiled
     def update_averages(self, name: str | None = None) -> None:
         """Average the present weights now, whether or not a rule is due.
@@ -311,121 +241,56 @@ class AveragingOptimizer(Optimizer):
             RuntimeError: inside `swap_to_averaged`.
         """
         with self._averages.writing("update_averages"):
-            averages = self._averages.values() if name is None else [self._average(name)]
+            averages = self._averages.values() if name is None else [self._averages.named(name)]
             self._averages.update({average: average.share() for average in averages})
             self._averages.note_update()
 
-    def averaged_model(self, model: _Model, name: str | None = None) -> _Model:
-        """Return a copy of the model whose parameters are the averages.
-
-        They are the same memory, without gradients: always up to date, for teachers and
-        for evaluating beside training. Averaged buffers are shared too; everything else
-        is copied. Parameters have the dtype and device of the averages. Until its first
-        update, an average holds the weights at the time it was made.
-
-        Not for use inside `swap_to_averaged(in_place=True)`, where their memory holds the weights.
+    def n_averaged(self, name: str | None = None) -> int:
+        """Return the number of updates that an average stands for.
 
         Args:
-            model: a module with parameters that are averaged.
             name: which average; may be left out if there is only one.
 
         Raises:
-            ValueError: there is no such average, or none of this model's parameters.
+            ValueError: there is no average of this name, or several and no name.
 
         Example:
             >>> import torch
-            >>> from averaging_optim import EMA, AveragingOptimizer
-            >>> model = torch.nn.Linear(1, 1)
-            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> optimizer = AveragingOptimizer(sgd, EMA(decay=0.99))
-            >>> teacher = optimizer.averaged_model(model)
-            >>> teacher.weight.requires_grad
-            False
+            >>> from averaging_optim import SWA, AveragingOptimizer
+            >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+            >>> optimizer = AveragingOptimizer(sgd, SWA())
+            >>> optimizer.update_averages()
+            >>> optimizer.n_averaged()
+            1
         """
-        average = self._average(name)
-        self._refuse_foreign(model)
-        self._tell_if_trained_past(average)
-        self._averages.make()
-        memo: dict[int, Any] = {
-            id(source): nn.Parameter(kept, requires_grad=False)
-            if isinstance(source, nn.Parameter)
-            else kept
-            for source, kept in average.tensors.tensors.items()
-        }
-        return copy.deepcopy(model, memo)
+        return self._averages.named(name).n_averaged.value
 
-    def averaged_state_dict(self, model: nn.Module, name: str | None = None) -> dict[str, Any]:
-        """Return `model.state_dict()` under the average, as independent tensors.
+    def restart(self, name: str | None = None) -> None:
+        """Begin an average anew: its next update copies the weights, as its first one did.
+
+        Until then it is the present weights. The steps that `start` and `every` count go on.
 
         Args:
-            model: a module with parameters that are averaged.
-            name: which average; may be left out if there is only one.
+            name: which average; all if left out.
 
         Raises:
-            ValueError: there is no such average, or none of this model's parameters.
-            RuntimeError: inside a swap to another average.
-
-        Example:
-            >>> import torch
-            >>> from averaging_optim import EMA, AveragingOptimizer
-            >>> model = torch.nn.Linear(2, 1)
-            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> optimizer = AveragingOptimizer(sgd, EMA(decay=0.99))
-            >>> list(optimizer.averaged_state_dict(model))
-            ['weight', 'bias']
-        """
-        self._refuse_foreign(model)
-        with self.swap_to_averaged(name):
-            return {
-                key: detached_copy(value).contiguous()
-                if isinstance(value, Tensor)
-                else copy.deepcopy(value)
-                for key, value in model.state_dict().items()
-            }
-
-    def load_averaged_state_dict(
-        self,
-        model: nn.Module,
-        state_dict: Mapping[str, Any],
-        name: str | None = None,
-        *,
-        n_averaged: int = 1,
-    ) -> None:
-        """Start an average from exported weights. Inverse of `averaged_state_dict`.
-
-        Entries of tensors that are not averaged are passed over.
-
-        Args:
-            model: a module with all parameters and buffers that are averaged.
-            state_dict: what `averaged_state_dict` returned; left as it is.
-            name: which average; may be left out if there is only one.
-            n_averaged: updates the average stands for, at least 1, so that the next
-                update does not copy over it.
-
-        Raises:
-            ValueError: an argument or an entry does not fit; nothing has changed.
-            TypeError: `n_averaged` is not an integer.
+            ValueError: there is no average of this name.
             RuntimeError: inside `swap_to_averaged`.
 
         Example:
             >>> import torch
-            >>> from averaging_optim import EMA, AveragingOptimizer
-            >>> model = torch.nn.Linear(2, 1)
-            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-            >>> optimizer = AveragingOptimizer(sgd, EMA(decay=0.99))
-            >>> exported = {"weight": torch.ones(1, 2), "bias": torch.zeros(1)}
-            >>> optimizer.load_averaged_state_dict(model, exported, n_averaged=1000)
-            >>> optimizer.averaged_state_dict(model)["weight"]
-            tensor([[1., 1.]])
+            >>> from averaging_optim import SWA, AveragingOptimizer
+            >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+            >>> optimizer = AveragingOptimizer(sgd, SWA())
+            >>> optimizer.update_averages()
+            >>> optimizer.restart()
+            >>> optimizer.n_averaged()
+            0
         """
-        with self._averages.writing("load_averaged_state_dict"):
-            average = self._average(name)
-            check_integer("n_averaged", n_averaged, at_least=1)
-            weights, buffers = self._averages.weights(), self._averages.buffers
-            values = read_exported(model, state_dict, weights, buffers)
-            for store in average.stores.values():
-                store.load(store.load_targets(values), values)
-            average.n_averaged.value = int(n_averaged)
+        with self._averages.writing("restart"):
+            averages = self._averages.values() if name is None else [self._averages.named(name)]
+            for average in averages:
+                self._averages.restart(average)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as torch.optim does.
@@ -463,9 +328,14 @@ class AveragingOptimizer(Optimizer):
             pre_hook(self)
         self._averages.swap.refuse_if_superseded("state_dict")
         self._averages.make(only_begun=True)
+        self._averages.tell_if_left_out()
         self._averages.spread_counters()
-        groups, stores = self._wrapped.param_groups, self._averages.stores
-        state_dict = write_checkpoint(self._wrapped.state_dict(), groups, self.buffers, stores)
+        state_dict = write_checkpoint(
+            self._wrapped.state_dict(),
+            self._averages.look_up(),
+            self._averages.stores,
+            is_stateless=not self._averages.state.kept,
+        )
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -490,7 +360,9 @@ class AveragingOptimizer(Optimizer):
                 state_dict = pre_hook(self, state_dict) or state_dict
             stores = self._averages.stores
             keys = {name: list(average.stores) for name, average in self._averages.items()}
-            checkpoint = read_checkpoint(state_dict, self._wrapped.param_groups, self.buffers, keys)
+            checkpoint = read_checkpoint(
+                state_dict, self._averages.look_up(), keys, self._averages.kept_buffers
+            )
             targets = {
                 key: stores[key].load_targets(averages)
                 for key, averages in checkpoint.averages.items()
@@ -499,11 +371,13 @@ class AveragingOptimizer(Optimizer):
             load_or_roll_back(self._wrapped, checkpoint.wrapped)
             for key, values in averages.items():
                 stores[key].load(targets[key], values)
+                stores[key].drop(checkpoint.without)
             for counter in self._averages.counters():
                 counter.value = checkpoint.counters[counter.key]
             for average in self._averages.values():
                 if average.name not in checkpoint.averages:
                     average.start_afresh()
+                average.teach()
             self._averages.note_state()
             if checkpoint.missing:
                 missing = ", ".join(checkpoint.missing)
@@ -613,27 +487,6 @@ class AveragingOptimizer(Optimizer):
         else:
             averages.steps.value += 1
             averages.update(shares)
-
-    def _tell_if_trained_past(self, average: Average) -> None:
-        if told := self._averages.trained_past(average):
-            warn_user(told)
-
-    def _average(self, name: str | None) -> Average:
-        chosen = next(iter(self.rules)) if name is None and len(self.rules) == 1 else name
-        if chosen is None or chosen not in self.rules:
-            names = ", ".join(map(repr, self.rules))
-            raise ValueError(f"`name` must be one of {names}, got {name!r}.")
-        return self._averages[chosen]
-
-    def _refuse_foreign(self, model: nn.Module) -> None:
-        averaged = set(self._averages.sources())
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
-        if averaged.isdisjoint([*model.parameters(), *model.buffers()]):
-            raise ValueError(
-                "`model` must have parameters that this optimizer averages, got a "
-                f"{type(model).__name__} with none. Pass the model it was made for."
-            )
 
 
 def _former_averages(optimizer: object) -> Averages | None:

@@ -1,4 +1,4 @@
-"""Warnings that point at the line that called this package, however deep in here they arise."""
+"""Warnings that point at the line that called this package, and who that was."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ def warn_user(message: str) -> None:
             outermost = level
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=outermost + 1)
+
+
+def is_called_by(module: str) -> bool:
+    """Return whether a function of this module is being run."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back
+    return frame is not None

@@ -202,9 +202,7 @@ def _read(
     for i, each in enumerate(checkpoints):
         state_dict = _state_dict(each)
         try:
-            checkpoint = read_checkpoint(
-                state_dict, optimizer.param_groups, optimizer.buffers, keys
-            )
+            checkpoint = read_checkpoint(state_dict, optimizer._averages.look_up(), keys)
         except ValueError as error:
             raise ValueError(f"`checkpoints[{i}]` must fit `optimizer`: {error}") from error
         yield checkpoint

@@ -169,14 +169,6 @@ def test_a_group_with_average_false_is_left_out() -> None:
         assert same(model.parameters(), averaged + left_out)
 
 
-def test_weights_without_gradient_are_averaged_with_the_others() -> None:
-    model = small_model()
-    model[0].requires_grad_(False)
-    optimizer = averaging_sgd(model, EMA(0.5))
-    train(model, optimizer, 3)
-    assert same(averages(optimizer, "ema")[:2], model[0].parameters())
-
-
 @pytest.mark.parametrize(
     ("weights", "dtype", "expected"),
     [

@@ -26,7 +26,7 @@ from averaging_optim import EMA, LAWA, SWA, T_ADEMA, AveragingOptimizer, Rule
 Run = tuple[nn.Sequential, AveragingOptimizer]
 Start = Callable[[], Run]
 
-ENTRY = r"`(state_dict|state|param_groups|averaged_buffers)(\[.*\])?` (must|is|counts|belongs) "
+ENTRY = r"`(state_dict|state|param_groups|averaged_(buffers|parameters))(\[.*\])?` (must|belongs) "
 
 TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(start=1)}
 NAMES = ["", "averaged_", "n_averaged_x", "x", "xx", "'; drop", "buffers", "params", "平均\0`"]
@@ -156,7 +156,7 @@ def trace_of(model: nn.Module, optimizer: AveragingOptimizer) -> object:
 def homes(optimizer: AveragingOptimizer) -> dict[tuple[int, str], int]:
     """Return the address of each average."""
     entries = [
-        (id(weight), optimizer.state[weight])
+        (id(weight), optimizer.state.get(weight, {}))
         for group in optimizer.param_groups
         for weight in group["params"]
     ]
@@ -293,10 +293,13 @@ def assert_averages_loaded(
     for entry, weight, former_weight in sources:
         if is_there:
             assert key in entry or not weight.requires_grad
-            assert_holds(optimizer.state[weight][key], entry.get(key, weight))
+            # A frozen weight of which nothing was saved is its own average.
+            assert_holds(optimizer.state.get(weight, {}).get(key, weight), entry.get(key, weight))
         else:
-            assert (key in optimizer.state[weight]) == (key in former.state[former_weight])
-            if key in optimizer.state[weight]:
+            assert (key in optimizer.state.get(weight, {})) == (
+                key in former.state.get(former_weight, {})
+            )
+            if key in optimizer.state.get(weight, {}):
                 assert_holds(optimizer.state[weight][key], weight)
 
 
@@ -466,7 +469,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "state_of_text": (
         lambda saved: saved["state"].update({"0": saved["state"].pop(0)}),
-        r"`state\['0'\]\['averaged_ema'\]` is the average of nothing here\.",
+        r"`state\['0'\]\['averaged_ema'\]` must be of a parameter that is averaged here\.",
     ),
     "count_too_large": (set_count(2**63), COUNT + r"less than 2\*\*63, got 9223372036854775808\."),
     "count_huge": (set_count(10**400), COUNT + r"less than 2\*\*63, got 10{199}…\."),

@@ -348,6 +348,9 @@ def place(nested: Any, way: list[Any]) -> Any:
 
 
 COUNTER = r"`param_groups\[0\]\['{}'\]` must be a non-negative int, got {}\."
+NO_RULE = (
+    r" belongs to no rule of this optimizer \('ema', 'swa'\)\. Name a rule 'x', or rename or drop"
+)
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "state_missing": (drop("state"), r"`state` must be a dict, got None\."),
     "state_list": (put("state", []), r"`state` must be a dict, got \[\]\."),
@@ -372,15 +375,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
             put("state", 1, "averaged_x", torch.ones(4))(state_dict),
             put("param_groups", 0, "n_averaged_x", 3)(state_dict),
         ),
-        r"`state\[1\]\['averaged_x'\]` is the average of nothing here\.",
+        r"`state\[1\]\['averaged_x'\]`" + NO_RULE,
     ),
     "average_of_no_weight": (
         put("state", 9, {"averaged_ema": torch.ones(4)}),
-        r"`state\[9\]\['averaged_ema'\]` is the average of nothing here\.",
+        r"`state\[9\]\['averaged_ema'\]` must be of a parameter that is averaged here\.",
     ),
     "counter_of_no_rule": (
         put("param_groups", 0, "n_averaged_x", 3),
-        r"`param_groups\[0\]\['n_averaged_x'\]` counts for no rule here\.",
+        r"`param_groups\[0\]\['n_averaged_x'\]`" + NO_RULE,
     ),
     "average_lost": (
         drop("state", 2, "averaged_ema"),
@@ -437,7 +440,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "buffers_of_no_rule": (
         put("averaged_buffers", "x", []),
-        r"`averaged_buffers\['x'\]` belongs to no rule here\.",
+        r"`averaged_buffers\['x'\]`" + NO_RULE,
     ),
     "buffer_lost": (
         drop("averaged_buffers", "ema", 0),

@@ -325,15 +325,34 @@ class TestLightningOptimizer:
         assert optimizer.param_groups[0]["n_averaged_ema"] == 1
 
 
-def test_optimizers_that_do_not_average_may_stand_beside_those_that_do() -> None:
-    class OneOfTwo(Adversaries):
-        def configure_optimizers(self) -> Any:
-            averaging, plain = super().configure_optimizers()
-            return [averaging, plain.wrapped]
+class OneOfTwo(Adversaries):
+    """Two networks, the second of which is trained and not averaged."""
 
-    trainer, module = trainer_with(EvaluateAveraged()), OneOfTwo()
+    def configure_optimizers(self) -> Any:
+        averaging, plain = super().configure_optimizers()
+        return [averaging, plain.wrapped]
+
+
+class OneOfTwoAsSaid(OneOfTwo):
+    """The same, and the first optimizer was told so."""
+
+    def configure_optimizers(self) -> Any:
+        averaging, plain = super().configure_optimizers()
+        exclude = list(self.other.parameters())
+        return [AveragingOptimizer(averaging.wrapped, EMA(0.9), exclude=exclude), plain.wrapped]
+
+
+def test_optimizers_that_do_not_average_may_stand_beside_those_that_do_if_it_was_said() -> None:
+    trainer, module = trainer_with(EvaluateAveraged()), OneOfTwoAsSaid()
     fit(trainer, module)
     assert same(module.seen[-1], [*all_averages(trainer), *module.other.parameters()])
+
+
+def test_a_model_of_which_a_part_is_trained_and_not_averaged_is_refused_before_training() -> None:
+    trainer, module = trainer_with(EvaluateAveraged()), OneOfTwo()
+    with pytest.raises(ValueError, match=r"trained and not averaged, got 'other\.0\.weight', .*"):
+        fit(trainer, module)
+    assert trainer.global_step == 0
 
 
 def test_the_sanity_check_sees_the_weights() -> None:

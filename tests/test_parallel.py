@@ -97,8 +97,12 @@ def live(model: nn.Module, optimizer: AveragingOptimizer, steps: int = 6, first:
 
 
 def whole_averages(optimizer: AveragingOptimizer) -> dict[str, list[Tensor]]:
+    """Return the averages of all weights; a frozen weight may be its own."""
     return {
-        name: whole(optimizer.state[weight][f"averaged_{name}"] for weight in weights_of(optimizer))
+        name: whole(
+            optimizer.state.get(weight, {}).get(f"averaged_{name}", weight)
+            for weight in weights_of(optimizer)
+        )
         for name in optimizer.rules
     }
 

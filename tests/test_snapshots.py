@@ -126,10 +126,18 @@ def saved(model: nn.Module, rule: Rule) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        (LAWA(4), LAWA(3), "`state[0]['averaged_one_3']` is the average of nothing here."),
+        (
+            LAWA(4),
+            LAWA(3),
+            "`state[0]['averaged_one_3']` belongs to no rule of this optimizer ('one').",
+        ),
         (LAWA(3), LAWA(4), "`state[0]['averaged_one_3']` must be a tensor, got None."),
         (EMA(), LAWA(2), "`state[0]['averaged_one_1']` must be a tensor, got None."),
-        (LAWA(2), EMA(), "`state[0]['averaged_one_1']` is the average of nothing here."),
+        (
+            LAWA(2),
+            EMA(),
+            "`state[0]['averaged_one_1']` belongs to no rule of this optimizer ('one').",
+        ),
     ],
     ids=["fewer", "more", "from_ema", "to_ema"],
 )

@@ -306,18 +306,6 @@ class TestAveragedModel:
             expected = model(batch)
         assert same([optimizer.averaged_model(model, "swa")(batch)], [expected])
 
-    def test_shares_averaged_buffers_and_copies_the_others(self) -> None:
-        model = model_with_batch_norm()
-        running_mean, running_var, _ = model.buffers()
-        optimizer = averaging_sgd(model, SWA(), buffers=[running_mean])
-        train(model, optimizer, 3)
-        shared, copied, _ = optimizer.averaged_model(model).buffers()
-        kept = values([shared, copied])
-        train(model, optimizer, 1, first=3)
-        assert not same([shared], kept[:1])
-        assert same([copied], kept[1:])
-        assert copied.data_ptr() != running_var.data_ptr()
-
     def test_keeps_tied_weights_tied(self) -> None:
         model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
         model["b"].weight = model["a"].weight

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from averaging_optim._averages.store import TensorStore
+from averaging_optim._averages.teachers import Teacher, warn_of_parting
 from averaging_optim._checks import check_real
 from averaging_optim._rules import Rule
 
@@ -57,6 +59,15 @@ class Average:
         self.n_averaged = n_averaged
         self.stores = {key: TensorStore(dtype, device) for key in store_keys(name, rule)}
         self.tensors, *self.snapshots = self.stores.values()
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has averages of its own, which no model is made of.
+        return {key: value for key, value in self.__dict__.items() if key != "teachers"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.teachers: WeakKeyDictionary[nn.Module, Teacher] = WeakKeyDictionary()
 
     def share(self, n_averaged: int | None = None) -> float:
         """Return the share of the weights in the next update, or in that after so many.
@@ -87,6 +98,14 @@ class Average:
         """Let all that is kept have the present values of weights and buffers."""
         for store in self.stores.values():
             store.copy_from(list(store.tensors))
+        self.teach()
+
+    def teach(self) -> None:
+        """Let the models that are made of the average follow it."""
+        parted = [model for model, each in self.teachers.items() if not each.follow()]
+        for model in parted:
+            del self.teachers[model]
+            warn_of_parting()
 
     def rebuild_from_snapshots(self, sources: Sequence[Tensor]) -> None:
         """Leave the oldest snapshot out, if the average is of as many weights as may be."""

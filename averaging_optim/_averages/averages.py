@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
@@ -15,13 +14,14 @@ from torch.optim import Optimizer
 
 from averaging_optim._averages.average import Average, Counter
 from averaging_optim._averages.entries import AVERAGE, Entries
-from averaging_optim._averages.moving import has_infinity, move_toward
+from averaging_optim._averages.moving import move_toward
 from averaging_optim._averages.past import TrainedPast, trains
+from averaging_optim._averages.sources import Buffers, Sources
 from averaging_optim._averages.state import State
-from averaging_optim._averages.store import GroupedTensors, TensorStore, are_identical
-from averaging_optim._averages.swap import Swap, SwapState
+from averaging_optim._averages.store import GroupedTensors
+from averaging_optim._averages.swap import SwapPart, SwapState
 from averaging_optim._rules import Rule
-from averaging_optim._warnings import warn_user
+from averaging_optim._warnings import is_called_by, warn_user
 
 STEPS = "averaging_steps"
 SKIPPED = "n_skipped"
@@ -35,14 +35,17 @@ class Averages(Mapping[str, Average]):
     skipped: updates left out because of numbers that are not finite.
     each: all averages, as `values()` has them.
     stores: key after "averaged_" → where that average or snapshot is kept.
-    buffers: those that go with the weights, averaged or copied along.
+    sources: what is averaged.
+    kept_buffers: name → the updates that its averages of buffers stand for, if these were loaded
+        before the others.
     """
 
     def __init__(
         self,
         rules: Mapping[str, Rule],
         optimizer: Optimizer,
-        buffers: Sequence[Tensor],
+        buffers: Buffers,
+        is_excluded: Callable[[Tensor], bool],
         dtype: torch.dtype | None,
         device: torch.device | None,
         skip_nonfinite: bool,
@@ -58,24 +61,20 @@ class Averages(Mapping[str, Average]):
         self.stores = {
             key: store for average in self.values() for key, store in average.stores.items()
         }
-        self.buffers = tuple(buffers)
-        # The difference of two infinities is NaN.
-        self._averaged_buffers = tuple(itertools.filterfalse(has_infinity, buffers))
-        self._copied_buffers = tuple(filter(has_infinity, buffers))
+        self.buffers = buffers
+        self.sources = Sources(optimizer, buffers, is_excluded, self.stores.values())
         self._optimizer = optimizer
         self._skip_nonfinite = skip_nonfinite
         self.swap = SwapState()
-        self._entries = Entries(self.stores, frozenset(buffers), self.swap)
-        self._listed: list[Tensor] = []
-        self._weights: list[Tensor] = []
-        self._moving = list(self._averaged_buffers)
-        self._sources = list(self.buffers)
-        self._source_changes = 0
+        self._entries = Entries(self.stores, buffers, self.swap)
+        self.kept_buffers: dict[str, int] = {}
+        self._unchecked: set[Tensor] = set()
         self._ready: tuple[object, ...] = ()
         self._grouped: dict[tuple[str, ...], GroupedTensors] = {}
         self._own_state: MutableMapping[Any, Any] = defaultdict(dict)
         self._state: State | None = None
         self.is_stepping = False
+        self._has_told_of_frozen = False
         self._past = TrainedPast()
         self._count_from_state()
 
@@ -111,27 +110,11 @@ class Averages(Mapping[str, Average]):
         for counter in self.counters():
             counter.value = counter.value
 
-    def weights(self) -> list[Tensor]:
-        """Return the parameters that are averaged, each once."""
-        self.sources()
-        return self._weights
-
-    def sources(self) -> list[Tensor]:
-        """Return the parameters and buffers to average: the same list while these stay."""
+    def look_up(self) -> Sources:
+        """Return what is averaged, as it is now."""
         _ = self.state  # takes over averages that the wrapped optimizer has loaded by itself
-        listed = [
-            weight
-            for group in self._optimizer.param_groups
-            if group.get("average", True)
-            for weight in group["params"]
-        ]
-        if not are_identical(listed, self._listed):
-            self._listed = listed
-            self._source_changes += 1
-            self._weights = list(dict.fromkeys(listed))
-            self._moving = [*self._weights, *self._averaged_buffers]
-            self._sources = [*self._weights, *self.buffers]
-        return self._sources
+        self.sources.look_up()
+        return self.sources
 
     def begin(self) -> None:
         """Average by the rules that begin with the weights before the first step."""
@@ -144,8 +127,8 @@ class Averages(Mapping[str, Average]):
         self.make()
         if not shares:
             return
-        sources = self._moving
-        if self._skip_nonfinite and not self._any_store().stays_finite(sources):
+        sources = self.sources.moving
+        if self._skip_nonfinite and not self._stay_finite(sources):
             self.skipped.value += 1
             return
         writing = {
@@ -158,9 +141,12 @@ class Averages(Mapping[str, Average]):
             average.tensors.copy_to(sources)
         if len(writing) < len(shares):
             self._move(sources, {each: shares[each] for each in shares if each not in writing})
-        if self._copied_buffers:
+        if copied := self.buffers.copied:
             for average in shares:
-                average.tensors.copy_from(self._copied_buffers)
+                average.tensors.copy_from(copied)
+        self.kept_buffers = {}
+        for average in shares:
+            average.teach()
 
     def _move(self, sources: Sequence[Tensor], shares: Mapping[Average, float]) -> None:
         for average in shares:
@@ -175,9 +161,16 @@ class Averages(Mapping[str, Average]):
         for average in shares:
             average.count_update(sources)
 
-    def _any_store(self) -> TensorStore:
+    def _stay_finite(self, sources: Sequence[Tensor]) -> bool:
         # All averages are of the same dtypes, so that one speaks for the others.
-        return next(iter(self.stores.values()))
+        if not self.each[0].tensors.stays_finite(sources):
+            return False
+        # Those that were begun while their weights were not finite.
+        unchecked = [source for source in sources if source in self._unchecked]
+        for store in self.stores.values() if unchecked else ():
+            store.restart_nonfinite(unchecked)
+        self._unchecked.clear()
+        return True
 
     def watch_steps(self) -> None:
         """See steps of the wrapped optimizer that are not taken through this one."""
@@ -204,9 +197,55 @@ class Averages(Mapping[str, Average]):
         """Note that the wrapped optimizer has its state by loading, or in order to load."""
         self._past.has_state = bool(self.state.kept)
         self.state.list_averages()
+        if self._skip_nonfinite:
+            self._unchecked.update(self.sources.all)
 
-    def trained_past(self, average: Average) -> str:
-        return self._past.message(average, self.steps.value, bool(self.state.kept))
+    def note_loading(self, average: Average, n_averaged: int) -> None:
+        """Note that an average was loaded, in part or whole, and stands for so many updates."""
+        average.n_averaged.value = int(n_averaged)
+        self.make(only_begun=True)
+        average.teach()
+
+    def note_buffers(self, counts: Mapping[str, int]) -> None:
+        """Note that averages of buffers were loaded, which stand for so many updates."""
+        self.kept_buffers = dict(counts)
+        for average in self.each:
+            average.teach()
+
+    def tell_if_left_out(self) -> None:
+        """Warn, once, if a checkpoint is being made that will not bring all averages back."""
+        frozen = [each for each in self.sources.weights if not each.requires_grad]
+        if not frozen or self._has_told_of_frozen:
+            return
+        if is_called_by("torch.distributed.checkpoint.state_dict"):
+            self._has_told_of_frozen = True
+            warn_user(
+                f"{len(frozen)} parameters were averaged before they were frozen, and "
+                "torch.distributed.checkpoint loads no state of frozen parameters. To get their "
+                "averages back, load the checkpoint before you freeze them."
+            )
+
+    def tell_if_trained_past(self, average: Average) -> None:
+        """Warn, once, if weights were trained that the average lacks."""
+        if told := self._past.message(average, self.steps.value, bool(self.state.kept)):
+            warn_user(told)
+
+    def named(self, name: str | None) -> Average:
+        """Return the average of this name, which may be None if there is only one.
+
+        Raises:
+            ValueError: there is none, or several and no name.
+        """
+        chosen = next(iter(self)) if name is None and len(self) == 1 else name
+        if chosen is None or chosen not in self:
+            raise ValueError(f"`name` must be one of {', '.join(map(repr, self))}, got {name!r}.")
+        return self[chosen]
+
+    def restart(self, average: Average) -> None:
+        """Begin an average anew at the present weights."""
+        self.make()
+        average.n_averaged.value = 0
+        average.start_afresh()
 
     def make(self, *, only_begun: bool = False) -> None:
         """Let every source have averages that fit it, and no other.
@@ -214,8 +253,9 @@ class Averages(Mapping[str, Average]):
         Args:
             only_begun: leave out averages that have no tensors yet.
         """
-        shapes = [source.shape for source in self.sources()]
-        ready = self._source_changes, shapes, self._entries.changes
+        sources = self.look_up()
+        shapes = [source.shape for source in sources.all]
+        ready = sources.changes, shapes, self._entries.changes
         if ready == self._ready:
             return
         if only_begun:
@@ -227,7 +267,11 @@ class Averages(Mapping[str, Average]):
 
     def _fit(self, averages: Iterable[Average]) -> None:
         self._let_go()
-        sources = self.sources()
+        sources = self.sources.all
+        if self._skip_nonfinite:
+            begun = self.each[0].tensors.tensors
+            self._unchecked |= {source for source in sources if source not in begun}
+        copied = frozenset(self.buffers.copied)
         misfits: dict[str, list[Tensor]] = {}
         for average in averages:
             if average.tensors.changes == 0 and sources and average.n_averaged.value > 0:
@@ -236,7 +280,8 @@ class Averages(Mapping[str, Average]):
                     f"The parameter groups count updates of {average.name!r}, which isn't here: "
                     "it starts afresh at the present weights."
                 )
-            if misfit := average.fit(sources):
+            # Buffers that are copied along may have any shape, as caches have.
+            if misfit := [each for each in average.fit(sources) if each not in copied]:
                 misfits[average.name] = misfit
         if misfits:
             names = ", ".join(map(repr, misfits))
@@ -249,9 +294,8 @@ class Averages(Mapping[str, Average]):
             )
 
     def _let_go(self) -> None:
-        """Drop the averages of parameters that have left the parameter groups."""
-        groups = self._optimizer.param_groups
-        present = {*self.buffers, *(weight for group in groups for weight in group["params"])}
+        """Drop the averages of what has left the parameter groups or the model."""
+        present = self.sources.present()
         left = [parameter for parameter in self._entries.parameters() if parameter not in present]
         if left:
             self.state.take_out(left)
@@ -309,7 +353,9 @@ class Averages(Mapping[str, Average]):
         value.put_back()
         value.update(parts)
 
-    def swap_to(self, average: Average, *, in_place: bool) -> Swap:
+    def swap_to(self, average: Average, *, in_place: bool) -> SwapPart:
+        """Return what enters and leaves a swap to the average."""
+
         @contextmanager
         def move() -> Iterator[None]:
             if self.is_stepping:
@@ -326,10 +372,13 @@ class Averages(Mapping[str, Average]):
                 yield
                 return
             self.make(only_begun=True)
-            with average.tensors.in_place_of(self.weights(), self.buffers, exchanging=in_place):
+            sources = self.sources
+            with average.tensors.in_place_of(
+                sources.weights, self.buffers.by_key.values(), sources.places(), exchanging=in_place
+            ):
                 yield
 
-        return Swap(self.swap, average, move)
+        return SwapPart(self.swap, average, move)
 
     @contextmanager
     def writing(self, call: str) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -25,12 +25,12 @@ class Entries:
 
     Args:
         stores: key after "averaged_" → store.
-        hidden: what has an average and is no parameter.
+        hidden: what may have an average and is no parameter.
         swap: inside of which no average may be written.
     """
 
     def __init__(
-        self, stores: Mapping[str, TensorStore], hidden: frozenset[Tensor], swap: SwapState
+        self, stores: Mapping[str, TensorStore], hidden: Container[Tensor], swap: SwapState
     ) -> None:
         self.stores = {AVERAGE + key: store for key, store in stores.items()}
         self.changes = 0

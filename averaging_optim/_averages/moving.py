@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Any
@@ -24,6 +24,9 @@ _PIECES = {"cpu": 2**20}
 # One for each dtype and device: weights, followed by lists of their averages.
 TensorGroups = list[list[list[Tensor]]]
 
+# Tensors → those that are in their places in the model now.
+Present = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
 _Block = tuple[Tensor, Tensor, Tensor]
 
 
@@ -36,9 +39,13 @@ def numeric_kind(tensor: Tensor) -> str:
 
 def has_infinity(tensor: Tensor) -> bool:
     """Return whether a number is infinite; waits for the device."""
-    # torch looks for infinities in most dtypes of 8 bits only.
-    wide = tensor.float() if tensor.element_size() == 1 else tensor
-    return not tensor.is_meta and bool(wide.isinf().any())
+    return not tensor.is_meta and bool(_at_least_16_bits(tensor).isinf().any())
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no number is infinite or NaN, on all ranks; waits for the device."""
+    (here,) = local_parts([tensor])
+    return all_ranks_agree(bool(_at_least_16_bits(here).isfinite().all()), sharding_of(tensor))
 
 
 def same_dtype_and_device(first: Tensor, second: Tensor) -> bool:
@@ -61,6 +68,12 @@ def shares_storage(first: Tensor, second: Tensor) -> bool:
     here, there = local_parts([first, second])
     # Not by address: storages of no bytes, as on the meta device, are all at 0.
     return bool(here.untyped_storage()._cdata == there.untyped_storage()._cdata)
+
+
+def share_memory(first: Tensor, second: Tensor) -> bool:
+    """Return whether both begin at one address, as a tensor and what it was made of."""
+    here, there = local_parts([first, second])
+    return here.data_ptr() == there.data_ptr()
 
 
 @torch.inference_mode(mode=False)
@@ -120,7 +133,9 @@ def stay_finite(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     groups: dict[tuple[torch.dtype, Any], list[Tensor]] = defaultdict(list)
     for average, weight in zip(averages, weights, strict=True):
         if numeric_kind(average) != "integer":
-            groups[average.dtype, sharding_of(weight)] += local_parts([weight])
+            groups[average.dtype, sharding_of(weight)] += map(
+                _at_least_16_bits, local_parts([weight])
+            )
     # All verdicts before the answer, as other ranks wait in each.
     verdicts = [
         all_ranks_agree(_largest(tensors) <= torch.finfo(dtype).max / 4, sharding)
@@ -153,29 +168,48 @@ def exchanged(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[N
 
 
 @contextmanager
-def restored_if_moved(tensors: Sequence[Tensor], memory: Sequence[Tensor]) -> Iterator[None]:
-    """On leaving, copy what the memory of tensors holds to those that have got another."""
+def restored_if_moved(
+    tensors: Sequence[Tensor], memory: Sequence[Tensor], present: Present
+) -> Iterator[None]:
+    """On leaving, copy what the memory of tensors holds to those that have got another.
+
+    Args:
+        present: tensors → those that are in their places now.
+    """
     try:
         yield
     finally:
-        pairs = zip(tensors, memory, strict=True)
-        moved = [(tensor, was) for tensor, was in pairs if not _share_memory(tensor, was)]
+        pairs = zip([*tensors, *present(tensors)], [*memory, *memory], strict=True)
+        moved = [(tensor, was) for tensor, was in pairs if not share_memory(tensor, was)]
         copy_into([tensor for tensor, _ in moved], [was for _, was in moved])
 
 
 @contextmanager
-def overwritten_until_exit(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Iterator[None]:
+def overwritten_until_exit(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], present: Present
+) -> Iterator[None]:
     """Let the targets hold the sources' values until the block is left.
 
     Needs a backup of all targets, on the devices of the sources, which are only read. It is
     kept until the block is left, so that leaving allocates nothing.
+
+    Args:
+        present: targets → those that are in their places now, which are restored too.
     """
     backups = _backups(targets, sources)
     try:
         copy_into(targets, sources)
         yield
     finally:
-        _restore(targets, backups)
+        replaced = [
+            (there, backup)
+            for target, there, backup in zip(targets, present(targets), backups, strict=True)
+            if there is not target
+        ]
+        _restore(
+            [*targets, *(there for there, _ in replaced)],
+            [*backups, *(backup for _, backup in replaced)],
+        )
 
 
 @torch.inference_mode(mode=False)
@@ -218,6 +252,11 @@ def _pieces(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]
         yield from _pieces(pieces, limit)
 
 
+def _at_least_16_bits(tensor: Tensor) -> Tensor:
+    # torch looks for infinities, and takes norms, in few dtypes of 8 bits.
+    return tensor.float() if tensor.element_size() == 1 else tensor
+
+
 def _largest(tensors: Iterable[Tensor]) -> float:
     """Return the largest magnitude there is, NaN if there is a NaN, 0 if there is nothing."""
     # An empty tensor has no largest number, for which torch raises.
@@ -244,11 +283,6 @@ def _restore(targets: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
         if here.shape != backup.shape:  # by `target.data = ...`
             target.data = backup.to(target.device, target.dtype)
     copy_into(targets, backups)
-
-
-def _share_memory(first: Tensor, second: Tensor) -> bool:
-    here, there = local_parts([first, second])
-    return here.data_ptr() == there.data_ptr()
 
 
 @torch.inference_mode(mode=False)

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from averaging_optim._averages.caches import caches_invalidated
 from averaging_optim._averages.moving import (
+    Present,
     TensorGroups,
     average_dtype,
     copy_into,
     detached_copy,
     exchanged,
     group_by_dtype_and_device,
+    is_finite,
     move_toward,
     new_average,
     overwritten_until_exit,
@@ -55,6 +57,14 @@ class TensorStore:
             self.tensors.pop(source, None)
             self.changes += 1
 
+    def rekey(self, moved: Mapping[Tensor, Tensor | None]) -> None:
+        """Let what is kept of former tensors be of those in their places, or drop it if None."""
+        kept = {former: self.tensors.pop(former) for former in moved if former in self.tensors}
+        for former, average in kept.items():
+            if (present := moved[former]) is not None:
+                self.tensors[present] = average
+        self.changes += 1
+
     def put(self, source: Tensor, value: Tensor) -> None:
         """Keep a value, of any shape: in the present tensor if it fits, else the value itself.
 
@@ -72,6 +82,10 @@ class TensorStore:
     def stays_finite(self, sources: Sequence[Tensor]) -> bool:
         """Return whether an update toward the sources' present values keeps averages finite."""
         return stay_finite([self.tensors[source] for source in sources], sources)
+
+    def restart_nonfinite(self, sources: Iterable[Tensor]) -> None:
+        """Copy the present values of those sources of which no finite one is kept."""
+        self.copy_from([each for each in sources if not is_finite(self.tensors[each])])
 
     def copy_from(self, sources: Sequence[Tensor]) -> None:
         """Copy the sources' present values."""
@@ -91,11 +105,17 @@ class TensorStore:
 
     @contextmanager
     def in_place_of(
-        self, weights: Iterable[Tensor], buffers: Iterable[Tensor], *, exchanging: bool
+        self,
+        weights: Iterable[Tensor],
+        buffers: Iterable[Tensor],
+        present: Present,
+        *,
+        exchanging: bool,
     ) -> Iterator[None]:
         """Let weights and buffers have the values of their averages until the block is left.
 
         Args:
+            present: tensors → those that are in their places on leaving.
             exchanging: let weights and averages change places where they are alike, rather
                 than back the weights up.
         """
@@ -106,8 +126,8 @@ class TensorStore:
         held = {weight: weight.detach() for weight in alike}
         others = [source for source in sources if source not in held]
         with (
-            overwritten_until_exit(others, [self.tensors[other] for other in others]),
-            restored_if_moved(alike, list(held.values())),
+            overwritten_until_exit(others, [self.tensors[other] for other in others], present),
+            restored_if_moved(alike, list(held.values()), present),
             exchanged(list(held.values()), [self.tensors[weight] for weight in alike]),
             caches_invalidated(sources),
         ):
@@ -204,6 +224,6 @@ def copy_if_aliased(
     }
 
 
-def are_identical(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Return whether both hold the same tensors, not just equal ones."""
+def are_identical(first: Sequence[object], second: Sequence[object]) -> bool:
+    """Return whether both hold the same objects, not just equal ones."""
     return len(first) == len(second) and all(map(operator.is_, first, second))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 
 from averaging_optim._averages.average import Average
@@ -69,13 +70,33 @@ class SwapState:
                 self.average = None
 
 
-class Swap:
-    """What `AveragingOptimizer.swap_to_averaged` returns: a context manager and nothing else."""
+@dataclass(frozen=True)
+class SwapPart:
+    """What a swap does to one optimizer."""
 
-    def __init__(self, state: SwapState, average: Average, move: Move) -> None:
-        self._state = state
-        self._average = average
-        self._move = move
+    state: SwapState
+    average: Average
+    move: Move
+
+    def enter(self) -> None:
+        with self.state.lock:
+            self.state.enter(self.average, self.move)
+
+    def leave(self) -> None:
+        with self.state.lock:
+            self.state.leave()
+
+
+class Swap:
+    """What `swap_to_averaged` returns: a context manager and nothing else.
+
+    Args:
+        parts: all of which are entered, or none.
+    """
+
+    def __init__(self, parts: Sequence[SwapPart]) -> None:
+        self._parts = parts
+        self._entered = ExitStack()
         self._phase = "new"
 
     def __enter__(self) -> None:
@@ -110,15 +131,17 @@ class Swap:
     @uncompiled
     def _enter(self) -> None:
         _signals.hold(self)
-        with self._state.lock:
-            self._state.enter(self._average, self._move)
+        with ExitStack() as entered:
+            for part in self._parts:
+                part.enter()
+                entered.callback(part.leave)
+            self._entered = entered.pop_all()
         self._phase = "inside"
         _signals.call_waiting()
 
     @uncompiled
     def _leave(self) -> None:
-        with self._state.lock:
-            self._state.leave()
+        self._entered.close()
 
     def must_wait(self, code: CodeType) -> bool:
         """Return whether signals must wait while this method of the swap runs."""

@@ -1,46 +1,85 @@
-"""State dicts of a model under an average, read back."""
+"""State dicts of a model under an average, under the plain model's names, and read back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from averaging_optim._averages.entries import check_average, without_attributes
+from averaging_optim._averages.sources import Sources, wrapped_as
 from averaging_optim._checks import checked_mapping, short_repr
 
 
+class IncompatibleKeys(NamedTuple):
+    """What `torch.nn.Module.load_state_dict` returns.
+
+    missing_keys: of tensors that were not loaded.
+    unexpected_keys: of entries that were not taken.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def plain_keys(model: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state dict under the names that it has without wrappers around modules."""
+    wrapped = {}
+    # Inner wrappers first: their names are those inside outer ones.
+    for outer, module in reversed(list(model.named_modules())):
+        if attribute := wrapped_as(module):
+            dot = outer and f"{outer}."
+            wrapped[f"{dot}{attribute}."] = dot
+    plain = {}
+    for key, value in state_dict.items():
+        for prefix, outer in wrapped.items():
+            if key.startswith(prefix):
+                key = outer + key.removeprefix(prefix)
+        plain[key] = value
+    return plain
+
+
 def read_exported(
-    model: nn.Module,
-    state_dict: Mapping[str, Any],
-    weights: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-) -> dict[Tensor, Tensor]:
-    """Return weight or buffer → its value in a state dict of the model.
+    model: nn.Module, state_dict: Mapping[str, Any], sources: Sequence[Sources], strict: bool
+) -> tuple[dict[Tensor, Tensor], IncompatibleKeys]:
+    """Return weight or buffer → its value in a state dict of the model, and what did not fit.
 
     Raises:
         ValueError: an entry does not fit, or the model has not all of the weights.
     """
-    present = model.state_dict(keep_vars=True)
-    for key in checked_mapping("state_dict", state_dict):
-        if key not in present:
-            raise ValueError(f"`state_dict[{short_repr(key)}]` must be an entry of the model's.")
+    present = plain_keys(model, model.state_dict(keep_vars=True))
+    unexpected = [key for key in checked_mapping("state_dict", state_dict) if key not in present]
+    if unexpected and strict:
+        raise ValueError(
+            f"`state_dict[{short_repr(unexpected[0])}]` must be an entry of the model's."
+        )
     # A tied parameter has several keys; those that were exported come last and stay.
     keys = {
         tensor: key
         for key, tensor in sorted(present.items(), key=lambda item: item[0] in state_dict)
         if isinstance(tensor, Tensor)
     }
-    for weight in weights:
-        if weight not in keys:
+    for weight in [weight for each in sources for weight in each.weights]:
+        if weight not in keys and strict:
             raise ValueError(
                 "`model` must have all parameters that are averaged, lacks one of shape "
-                f"{tuple(weight.shape)}."
+                f"{tuple(weight.shape)}. Load the rest with `strict=False`."
             )
     # Buffers that the model does not persist are in no export of it.
-    wanted = [*weights, *(buffer for buffer in buffers if buffer in keys)]
-    exported = {tensor: without_attributes(state_dict.get(keys[tensor])) for tensor in wanted}
-    for tensor, value in exported.items():
-        check_average(f"state_dict[{keys[tensor]!r}]", value, tensor)
-    return exported
+    wanted = [tensor for each in sources for tensor in each.all if tensor in keys]
+    values, missing = {}, []
+    for tensor in wanted:
+        key = keys[tensor]
+        value = without_attributes(state_dict.get(key))
+        if not strict and (value is None or _has_another_shape(value, tensor)):
+            missing.append(key)
+            unexpected += [] if value is None else [key]
+            continue
+        check_average(f"state_dict[{key!r}]", value, tensor)
+        values[tensor] = value
+    return values, IncompatibleKeys(missing, unexpected)
+
+
+def _has_another_shape(value: object, tensor: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape != tensor.shape

@@ -12,10 +12,16 @@ from torch.optim import Optimizer
 
 from averaging_optim._averages.averages import COUNT, SKIPPED, STEPS
 from averaging_optim._averages.entries import AVERAGE, check_average, without_attributes
+from averaging_optim._averages.sources import Buffers, Sources, is_trained
 from averaging_optim._averages.store import TensorStore
 from averaging_optim._checks import checked_mapping, short_repr
 
 BUFFERS = "averaged_buffers"
+
+# Where averages are of parameters of which the wrapped optimizer keeps nothing, since it would miss
+# its own in an entry that holds averages alone. Frozen parameters that are their own averages have
+# an empty entry here, by which it is known that none was lost.
+PARAMETERS = "averaged_parameters"
 
 # Where averages are if the wrapped optimizer's state dict is not in torch's format.
 BESIDE = "averaging_optim"
@@ -35,55 +41,76 @@ class Checkpoint:
     averages: key of a store → parameter or buffer → its value, for each rule of which the
         state dict has any.
     missing: what it has no entry for and ought to, in words.
+    without: frozen parameters that have no averages.
     """
 
     wrapped: dict[str, Any]
     counters: dict[str, int]
     averages: dict[str, dict[Tensor, Tensor]]
     missing: list[str]
+    without: list[Tensor]
 
 
 def write_checkpoint(
     state_dict: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    buffers: Sequence[Tensor],
+    sources: Sources,
     stores: Mapping[str, TensorStore],
+    *,
+    is_stateless: bool,
 ) -> dict[str, Any]:
     """Return the wrapped optimizer's state dict with the averages in their places.
 
     If it is not in torch's format, it is left as it is, with one of averages beside it.
+
+    Args:
+        is_stateless: whether the wrapped optimizer keeps no state of any parameter.
     """
-    if not _is_torchs(state_dict, groups):
-        packed = {"state": {}, "param_groups": _packed(groups)}
-        return {**state_dict, BESIDE: write_checkpoint(packed, groups, buffers, stores)}
-    state = dict(state_dict["state"])
-    for index, weight in _weights_by_index(state_dict["param_groups"], groups).items():
+    if not _is_torchs(state_dict, sources.groups):
+        packed = {"state": {}, "param_groups": _packed(sources.groups)}
+        beside = write_checkpoint(packed, sources, stores, is_stateless=True)
+        return {**state_dict, BESIDE: beside}
+    written = {**state_dict, "state": dict(state_dict["state"])}
+    groups = state_dict["param_groups"]
+    is_begun = any(store.tensors for store in stores.values())
+    for index, weight in _parameters_by_index(groups, sources.groups).items():
         kept = {
             AVERAGE + key: store.read(weight)
             for key, store in stores.items()
             if weight in store.tensors
         }
-        if kept:
-            state[index] = {**state.get(index, {}), **kept}
-    written = {**state_dict, "state": state}
-    made = {key: store for key, store in stores.items() if store.tensors}
-    if buffers and made:
-        written[BUFFERS] = {
-            key: [store.read(buffer) for buffer in buffers] for key, store in made.items()
-        }
+        if kept and (is_stateless or index in written["state"]):
+            written["state"][index] = {**written["state"].get(index, {}), **kept}
+        elif kept or is_begun:
+            written.setdefault(PARAMETERS, {})[index] = kept
+    if averages := write_buffers(sources.buffers, stores):
+        written[BUFFERS] = averages
+    return written
+
+
+def write_buffers(
+    buffers: Buffers, stores: Mapping[str, TensorStore]
+) -> dict[str, dict[str, Tensor] | list[Tensor]]:
+    """Return key of a store → averages of buffers: by name, or in the order they were given."""
+    written: dict[str, dict[str, Tensor] | list[Tensor]] = {}
+    for key, store in stores.items():
+        if buffers.by_key and store.tensors:
+            kept = {name: store.read(buffer) for name, buffer in buffers.by_key.items()}
+            written[key] = kept if buffers.module else list(kept.values())
     return written
 
 
 def read_checkpoint(
     state_dict: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    buffers: Sequence[Tensor],
+    sources: Sources,
     keys: Mapping[str, Collection[str]],
+    kept_buffers: Mapping[str, int] | None = None,
 ) -> Checkpoint:
-    """Take apart a state dict for an optimizer with these groups, buffers and rules.
+    """Take apart a state dict for an optimizer that averages these, by these rules.
 
     Args:
         keys: name of a rule → keys of its stores.
+        kept_buffers: name of a rule → the count that its averages of buffers, loaded already,
+            go with.
 
     Raises:
         ValueError: an entry does not fit; the message names it.
@@ -91,43 +118,153 @@ def read_checkpoint(
     state_dict = checked_mapping("state_dict", state_dict)
     if BESIDE in state_dict:
         others = {key: value for key, value in state_dict.items() if key != BESIDE}
-        return replace(read_checkpoint(state_dict[BESIDE], groups, buffers, keys), wrapped=others)
-    saved_groups = _matching_groups(state_dict.get("param_groups"), groups)
-    state = checked_mapping("state", state_dict.get("state"))
-    _check_indices(state, saved_groups, groups)
-    saved_buffers = checked_mapping(BUFFERS, state_dict.get(BUFFERS, {}))
-    weights = _weights_by_index(saved_groups, groups)
-    _refuse_unknown(state, saved_groups, saved_buffers, weights, keys)
-
+        beside = read_checkpoint(state_dict[BESIDE], sources, keys, kept_buffers)
+        return replace(beside, wrapped=others)
+    saved = _taken_apart(state_dict, sources)
+    _refuse_unknown(saved, keys)
     averages = {
-        key: _weight_averages(AVERAGE + key, state, weights)
+        key: saved.weight_averages(key)
         for rule_keys in keys.values()
-        if _holds_average(rule_keys, state, weights)
+        if saved.holds_any(rule_keys)
         for key in rule_keys
     }
-    steps = _checked_count(saved_groups, STEPS, required=any(averages.values()))
-    skipped = _checked_count(saved_groups, SKIPPED, required=False)
+    steps = _checked_count(saved.groups, STEPS, required=any(averages.values()))
+    skipped = _checked_count(saved.groups, SKIPPED, required=False)
     counts = {
-        name: _checked_count(saved_groups, COUNT + name, required=bool(averages.get(name)))
+        name: _checked_count(saved.groups, COUNT + name, required=bool(averages.get(name)))
         for name in keys
     }
     missing = [repr(name) for name in keys if name not in averages and counts[name] != 0]
     for name in [name for name in keys if name in averages]:
-        is_lost = bool(buffers) and not any(key in saved_buffers for key in keys[name])
-        missing += [f"the buffers of {name!r}"] if is_lost else []
-        for key in keys[name]:
-            saved = list(buffers) if is_lost else saved_buffers.get(key, [])
-            averages[key].update(_buffer_averages(key, saved, buffers))
+        if any(key in saved.buffers for key in keys[name]):
+            for key in keys[name]:
+                entry = f"{BUFFERS}[{key!r}]"
+                averages[key].update(read_buffers(entry, saved.buffers.get(key), sources.buffers))
+        elif sources.buffers.by_key and (kept_buffers or {}).get(name) != counts[name]:
+            missing.append(f"the buffers of {name!r}")
+            for key in keys[name]:
+                averages[key].update({each: each for each in sources.buffers.by_key.values()})
 
     counters = {COUNT + name: counts[name] if name in averages else 0 for name in keys}
     goes_on = bool(averages) or not missing
     counters |= {STEPS: steps if goes_on else 0, SKIPPED: skipped if goes_on else 0}
     ours = {AVERAGE + key for rule_keys in keys.values() for key in rule_keys}
     return Checkpoint(
-        wrapped=_without_averages(state_dict, state, saved_groups, ours),
+        wrapped=_without_averages(state_dict, saved, ours),
         counters={key: count or 0 for key, count in counters.items()},
         averages=averages,
         missing=missing,
+        without=saved.frozen_without_average(),
+    )
+
+
+def read_buffers(entry: str, saved: Any, buffers: Buffers) -> dict[Tensor, Tensor]:
+    """Return buffer → its average in what `write_buffers` has written, by name or in a list.
+
+    Args:
+        entry: how errors name what was saved.
+
+    Raises:
+        ValueError: a value is missing, belongs to no buffer, or does not fit.
+    """
+    if isinstance(saved, Mapping) and buffers.module is None:
+        saved = list(saved.values())
+    if isinstance(saved, list) and len(saved) == len(buffers.by_key):
+        # A list of 0.1.0 has the buffers in the order of `model.buffers()`.
+        saved = dict(zip(buffers.by_key, saved, strict=True))
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"`{entry}` must be a list of {len(buffers.by_key)} tensors.")
+    for key in saved:
+        if key not in buffers.by_key:
+            raise ValueError(f"`{entry}[{short_repr(key)}]` must be a buffer of the model.")
+    copied = frozenset(buffers.copied)
+    averages = {}
+    for key, buffer in buffers.by_key.items():
+        value = without_attributes(saved.get(key))
+        # What is copied along may have another length each time, as caches have.
+        if buffers.module and buffer in copied and _has_another_length(value, buffer):
+            value = buffer
+        check_average(f"{entry}[{key!r}]", value, buffer)
+        averages[buffer] = value
+    return averages
+
+
+def _has_another_length(value: object, buffer: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.dim() != buffer.dim():
+        return False
+    return value.shape != buffer.shape
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A state dict in torch's format, taken apart.
+
+    state: index → entry of the wrapped optimizer, averages included.
+    apart: index → averages of parameters of which the wrapped optimizer keeps nothing.
+    groups: with the present `average` where they don't say.
+    buffers: key of a store → averages of buffers.
+    weights: index → parameter that is averaged here.
+    excluded: indices of parameters that are excluded here.
+    """
+
+    state: Mapping[Any, Any]
+    apart: Mapping[Any, Any]
+    groups: Sequence[Mapping[str, Any]]
+    buffers: Mapping[str, Any]
+    weights: dict[Any, Tensor]
+    excluded: frozenset[Any]
+
+    def holds_any(self, keys: Iterable[str]) -> bool:
+        """Return whether a weight has an entry of one of these averages, or no weight should."""
+        averages = {AVERAGE + key for key in keys}
+        return all(map(self._was_frozen, self.weights)) or any(
+            averages & self._entry(index).keys() for index in self.weights
+        )
+
+    def weight_averages(self, key: str) -> dict[Tensor, Tensor]:
+        """Return parameter → saved average; present values of those that were frozen then."""
+        averages = {}
+        for index, weight in self.weights.items():
+            value = without_attributes(self._entry(index).get(AVERAGE + key))
+            if self._was_frozen(index) and is_trained(weight):
+                value = weight
+            # torch.distributed.checkpoint leaves out the entries of weights that are frozen now,
+            # after it has read into those that are here.
+            if value is not None or is_trained(weight):
+                place = PARAMETERS if index in self.apart else "state"
+                check_average(f"{place}[{short_repr(index)}][{AVERAGE + key!r}]", value, weight)
+                averages[weight] = value
+        return averages
+
+    def frozen_without_average(self) -> list[Tensor]:
+        """Return the parameters that were frozen, and still are."""
+        return [
+            weight
+            for index, weight in self.weights.items()
+            if self._was_frozen(index) and not is_trained(weight)
+        ]
+
+    def _was_frozen(self, index: Any) -> bool:
+        """Return whether a parameter was saved to be its own average."""
+        return index in self.apart and not self.apart[index]
+
+    def _entry(self, index: Any) -> dict[str, Any]:
+        return {**self.state.get(index, {}), **self.apart.get(index, {})}
+
+
+def _taken_apart(state_dict: Mapping[str, Any], sources: Sources) -> _Saved:
+    groups = _matching_groups(state_dict.get("param_groups"), sources.groups)
+    state = checked_mapping("state", state_dict.get("state"))
+    apart = checked_mapping(PARAMETERS, state_dict.get(PARAMETERS, {}))
+    _check_indices(state, apart, groups, sources.groups)
+    parameters = _parameters_by_index(groups, sources.groups)
+    return _Saved(
+        state=state,
+        apart=apart,
+        groups=groups,
+        buffers=checked_mapping(BUFFERS, state_dict.get(BUFFERS, {})),
+        weights={i: each for i, each in parameters.items() if not sources.is_excluded(each)},
+        excluded=frozenset(i for i, each in parameters.items() if sources.is_excluded(each)),
     )
 
 
@@ -190,6 +327,7 @@ def _matching_groups(saved_groups: Any, groups: Sequence[Mapping[str, Any]]) -> 
 
 def _check_indices(
     state: Mapping[Any, Any],
+    apart: Mapping[Any, Any],
     saved_groups: Sequence[Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
@@ -204,7 +342,8 @@ def _check_indices(
                 raise ValueError(
                     f"`{entry}` must hold each index once, got {short_repr(index)} again."
                 )
-            checked_mapping(f"state[{short_repr(index)}]", state.get(index, {}))
+            for name, entries in (("state", state), (PARAMETERS, apart)):
+                checked_mapping(f"{name}[{short_repr(index)}]", entries.get(index, {}))
     # torch keeps the entries of other indices, and counts parameters from 0 when it saves them.
     for index in range(len(parameters)):
         if index in state and index not in parameters:
@@ -219,7 +358,7 @@ def _is_hashable(value: object) -> bool:
     return True
 
 
-def _weights_by_index(
+def _parameters_by_index(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> dict[Any, Tensor]:
     """Return index in the state dict → parameter, for the groups that are averaged."""
@@ -231,31 +370,40 @@ def _weights_by_index(
     }
 
 
-def _refuse_unknown(
-    state: Mapping[Any, Any],
-    saved_groups: Sequence[Mapping[str, Any]],
-    saved_buffers: Mapping[str, Any],
-    weights: Mapping[Any, Tensor],
-    keys: Mapping[str, Collection[str]],
-) -> None:
+def _refuse_unknown(saved: _Saved, keys: Mapping[str, Collection[str]]) -> None:
     known = {key for rule_keys in keys.values() for key in rule_keys}
     averages = {AVERAGE + key for key in known}
     counted = {COUNT + key for key in known}
-    counted |= {key for group in saved_groups for key in group if _is_count(key)}
-    for index, saved in state.items():
-        for key in saved if isinstance(saved, Mapping) else ():
-            # Other keys of this form are the wrapped optimizer's own, of which nothing is counted.
-            is_average = _is_average(key) and COUNT + _rule_of(key) in counted
-            if (is_average or key in averages) and (index not in weights or key not in averages):
-                entry = f"state[{short_repr(index)}][{short_repr(key)}]"
-                raise ValueError(f"`{entry}` is the average of nothing here.")
-    for i, group in enumerate(saved_groups):
+    counted |= {key for group in saved.groups for key in group if _is_count(key)}
+    for place, entries in (("state", saved.state), (PARAMETERS, saved.apart)):
+        for index, entry in entries.items():
+            for key in entry if isinstance(entry, Mapping) and index not in saved.excluded else ():
+                # Other keys of this form are the wrapped optimizer's own, of which nothing is
+                # counted.
+                is_average = _is_average(key) and COUNT + _rule_of(key) in counted
+                if not is_average and key not in averages:
+                    continue
+                where = f"{place}[{short_repr(index)}][{short_repr(key)}]"
+                if key not in averages:
+                    raise _no_rule(where, _rule_of(key), keys)
+                if index not in saved.weights:
+                    raise ValueError(f"`{where}` must be of a parameter that is averaged here.")
+    for i, group in enumerate(saved.groups):
         for key in group:
             if _is_count(key) and key.removeprefix(COUNT) not in keys:
-                raise ValueError(f"`param_groups[{i}][{short_repr(key)}]` counts for no rule here.")
-    for key in saved_buffers:
+                where = f"param_groups[{i}][{short_repr(key)}]"
+                raise _no_rule(where, key.removeprefix(COUNT), keys)
+    for key in saved.buffers:
         if key not in known:
-            raise ValueError(f"`{BUFFERS}[{short_repr(key)}]` belongs to no rule here.")
+            raise _no_rule(f"{BUFFERS}[{short_repr(key)}]", key, keys)
+
+
+def _no_rule(entry: str, name: str, names: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"`{entry}` belongs to no rule of this optimizer ({', '.join(map(repr, names))}). Name a "
+        f"rule {short_repr(name)}, or rename or drop that average with "
+        "`averaging_optim.renamed(state_dict, ...)`."
+    )
 
 
 def _is_average(key: object) -> bool:
@@ -280,7 +428,7 @@ def _checked_count(
     if not required and not any(key in group for group in saved_groups):
         return None
     counts = [
-        _count(f"param_groups[{i}][{key!r}]", group.get(key))
+        checked_count(f"param_groups[{i}][{key!r}]", group.get(key))
         for i, group in enumerate(saved_groups)
     ]
     for i, count in enumerate(counts):
@@ -292,7 +440,7 @@ def _checked_count(
     return counts[0]
 
 
-def _count(entry: str, count: Any) -> int:
+def checked_count(entry: str, count: Any) -> int:
     if type(count) is not int or count < 0:
         raise ValueError(f"`{entry}` must be a non-negative int, got {short_repr(count)}.")
     if count >= _COUNT_LIMIT:
@@ -300,47 +448,13 @@ def _count(entry: str, count: Any) -> int:
     return count
 
 
-def _holds_average(keys: Iterable[str], state: Mapping[Any, Any], weights: Collection[Any]) -> bool:
-    """Return whether a weight has an entry of one of these averages, or no weight should."""
-    entries = [state.get(index, {}) for index in weights]
-    return not weights or any(AVERAGE + key in entry for entry in entries for key in keys)
-
-
-def _weight_averages(
-    key: str, state: Mapping[Any, Any], weights: Mapping[Any, Tensor]
-) -> dict[Tensor, Tensor]:
-    """Return parameter → saved average."""
-    averages = {}
-    for index, weight in weights.items():
-        # torch.distributed.checkpoint loads no state of frozen weights, which are their average.
-        default = None if weight.requires_grad else weight
-        averages[weight] = without_attributes(state.get(index, {}).get(key, default))
-        check_average(f"state[{short_repr(index)}][{key!r}]", averages[weight], weight)
-    return averages
-
-
-def _buffer_averages(key: str, saved: Any, buffers: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Return buffer → its average in a saved list."""
-    entry = f"{BUFFERS}[{key!r}]"
-    if not isinstance(saved, list) or len(saved) != len(buffers):
-        raise ValueError(f"`{entry}` must be a list of {len(buffers)} tensors.")
-    averages = {
-        buffer: without_attributes(average) for buffer, average in zip(buffers, saved, strict=True)
-    }
-    for i, (buffer, average) in enumerate(averages.items()):
-        check_average(f"{entry}[{i}]", average, buffer)
-    return averages
-
-
 def _without_averages(
-    state_dict: Mapping[str, Any],
-    state: Mapping[Any, Any],
-    saved_groups: list[Any],
-    ours: Collection[str],
+    state_dict: Mapping[str, Any], saved: _Saved, ours: Collection[str]
 ) -> dict[str, Any]:
     """Return the state dict of the wrapped optimizer; the one given stays as it is."""
-    others = {key: value for key, value in state_dict.items() if key != BUFFERS}
-    return {**others, "param_groups": saved_groups, "state": dict(_entries_without(state, ours))}
+    others = {key: value for key, value in state_dict.items() if key not in (BUFFERS, PARAMETERS)}
+    state = dict(_entries_without(saved.state, ours))
+    return {**others, "param_groups": saved.groups, "state": state}
 
 
 def _entries_without(state: Mapping[Any, Any], ours: Collection[str]) -> Iterator[tuple[Any, Any]]:

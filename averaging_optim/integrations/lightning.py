@@ -12,7 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from averaging_optim import AveragingOptimizer
+from averaging_optim import AveragingOptimizer, together
 
 
 class EvaluateAveraged(Callback):
@@ -34,7 +34,9 @@ class EvaluateAveraged(Callback):
 
     Raises:
         ValueError: from `fit`, an optimizer has no average of this name, or several and
-            no name; from an evaluation, `ckpt_path` holds no optimizer states.
+            no name, or the model has parameters that are trained and neither averaged nor left
+            out by `average=False` or `exclude`; from an evaluation, `ckpt_path` holds no
+            optimizer states.
 
     Example:
         >>> import torch
@@ -141,8 +143,10 @@ class EvaluateAveraged(Callback):
                 "as it is."
             )
         with ExitStack() as swaps:
-            for optimizer in optimizers:
-                swaps.enter_context(optimizer.swap_to_averaged(self.name))
+            if optimizers:
+                averaged = together(*optimizers)
+                averaged.check_model(trainer.lightning_module)
+                swaps.enter_context(averaged.swap_to_averaged(self.name))
             self._swaps = swaps.pop_all()
 
     def _restore(self) -> None:

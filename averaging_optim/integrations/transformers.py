@@ -33,7 +33,9 @@ class AveragedEvaluationMixin(Trainer):
 
     Raises:
         ValueError: `save_only_model` is set with `load_best_model_at_end`, which would
-            leave the best model without its averages.
+            leave the best model without its averages. From an evaluation, the model has
+            parameters that are trained and neither averaged nor left out by `average=False` or
+            `exclude`.
 
     Example:
         >>> import torch
@@ -94,7 +96,7 @@ class AveragedEvaluationMixin(Trainer):
             raise RuntimeError(
                 "`save_averaged` is not allowed without an AveragingOptimizer. Train first."
             )
-        with optimizer.swap_to_averaged(self.averaged_name):
+        with self._swap(optimizer):
             # As the call of a user it would push the directory of the training weights.
             self.save_model(os.fspath(output_dir), _internal_call=True)
 
@@ -118,6 +120,10 @@ class AveragedEvaluationMixin(Trainer):
                 stacklevel=3,
             )
             return nullcontext()
+        return self._swap(optimizer)
+
+    def _swap(self, optimizer: AveragingOptimizer) -> AbstractContextManager[None]:
+        optimizer.check_model(cast("nn.Module", self.model))
         return optimizer.swap_to_averaged(self.averaged_name)
 
     def _averaging_optimizer(self) -> AveragingOptimizer | None:

@@ -1,0 +1,61 @@
+"""Several optimizers, one average."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from averaging_optim._averaged import Averaged
+from averaging_optim._averages.averages import Averages
+from averaging_optim._optimizer import AveragingOptimizer
+
+
+class Together(Averaged):
+    """What `together` returns."""
+
+    def __init__(self, optimizers: Sequence[AveragingOptimizer]) -> None:
+        self.optimizers = tuple(optimizers)
+
+    @property
+    def _each(self) -> Sequence[Averages]:
+        return [averages for optimizer in self.optimizers for averages in optimizer._each]
+
+    def __repr__(self) -> str:
+        return f"together({', '.join(map(repr, self.optimizers))})"
+
+
+def together(*optimizers: AveragingOptimizer) -> Together:
+    """Use several optimizers' averages as one, of a model or of several.
+
+    What is returned has `swap_to_averaged`, `evaluate_averages`, `averaged_model`,
+    `averaged_state_dict` and `load_averaged_state_dict`, as `AveragingOptimizer` has them: for
+    all optimizers, or, if one of them raises, for none. Step and save each optimizer as usual.
+
+    Args:
+        optimizers: each of which has the averages that you ask for by name.
+
+    Raises:
+        TypeError: one is no AveragingOptimizer.
+        ValueError: there is none, one is given twice, or two average the same parameter.
+
+    Example:
+        >>> import torch
+        >>> from averaging_optim import EMA, AveragingOptimizer, together
+        >>> model = torch.nn.Linear(2, 2)
+        >>> muon = AveragingOptimizer(torch.optim.Muon([model.weight]), EMA(decay=0.99))
+        >>> adam = AveragingOptimizer(torch.optim.AdamW([model.bias]), EMA(decay=0.99))
+        >>> with together(muon, adam).swap_to_averaged():
+        ...     prediction = model(torch.ones(2))
+    """
+    if not optimizers:
+        raise ValueError("`optimizers` must hold at least one AveragingOptimizer, got none.")
+    for optimizer in optimizers:
+        if not isinstance(optimizer, AveragingOptimizer):
+            raise TypeError(f"`optimizers` must be AveragingOptimizers, got {optimizer!r}.")
+    weights = [
+        weight
+        for optimizer in optimizers
+        for weight in dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
+    ]
+    if len(set(weights)) < len(weights):
+        raise ValueError("`optimizers` must train different parameters, got one that two train.")
+    return Together(optimizers)
