@@ -339,7 +339,7 @@ class OneOfTwoAsSaid(OneOfTwo):
     def configure_optimizers(self) -> Any:
         averaging, plain = super().configure_optimizers()
         exclude = list(self.other.parameters())
-        return [AveragingOptimizer(averaging.wrapped, EMA(0.9), exclude=exclude), plain.wrapped]
+        return [AveragingOptimizer(averaging.wrapped, EMA(0.9), exclude=exclude), plain]
 
 
 def test_optimizers_that_do_not_average_may_stand_beside_those_that_do_if_it_was_said() -> None:
