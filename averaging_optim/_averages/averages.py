@@ -146,7 +146,8 @@ class Averages(Mapping[str, Average]):
                 average.tensors.copy_from(copied)
         self.kept_buffers = {}
         for average in shares:
-            average.teach()
+            if average.teachers:
+                average.teach()
 
     def _move(self, sources: Sequence[Tensor], shares: Mapping[Average, float]) -> None:
         for average in shares:
@@ -253,7 +254,8 @@ class Averages(Mapping[str, Average]):
         Args:
             only_begun: leave out averages that have no tensors yet.
         """
-        sources = self.look_up()
+        _ = self.state  # see `look_up`
+        (sources := self.sources).look_up()
         shapes = [source.shape for source in sources.all]
         ready = sources.changes, shapes, self._entries.changes
         if ready == self._ready:
