@@ -47,7 +47,8 @@ def reconstruct(
     The run has kept two or more `PowerEMA`, and saved its optimizer now and then. The sum
     of these averages with the factors of `fit` is close to what
     `PowerEMA.from_width(sigma_rel)` would be at the last of the checkpoints. Sums are
-    formed in float64, which takes 8 bytes for each weight, on the CPU.
+    formed in float64, which takes 8 bytes for each weight, on the CPU. An averaged buffer that
+    is nowhere negative in the checkpoints, such as a variance, is at least its least value there.
 
     Args:
         checkpoints: of one run, the earlier first: state dicts of the optimizer, mappings
@@ -84,7 +85,7 @@ def reconstruct(
         ...     optimizer.step()
         ...     if step % 10 == 0:
         ...         checkpoints.append(copy.deepcopy(optimizer.state_dict()))
-        >>> wanted = 160 - describe(PowerEMA.from_width(0.15), steps=160).window
+        >>> wanted = 160 - describe(PowerEMA.from_width(0.15), steps=160).mean_age
         >>> found = reconstruct(checkpoints, model, 0.15, optimizer)["weight"].item()
         >>> round(wanted, 1), round(found, 1)
         (131.7, 131.7)
@@ -93,10 +94,19 @@ def reconstruct(
     # What is averaged is replaced below; an optimizer without averages gives the model's own.
     exported = optimizer.averaged_state_dict(model, next(iter(coefficients)))
     sums: dict[Tensor, Tensor] = {}
+    least: dict[Tensor, Tensor] = {}
+    buffers = set(optimizer.buffers)
     for i, checkpoint in enumerate(_read(checkpoints, optimizer)):
         for name, factors in coefficients.items():
             for source, average in checkpoint.averages[name].items():
                 sums[source] = _plus(sums.get(source), average, factors[i])
+                if source in buffers and average.is_floating_point():
+                    average = average.to("cpu", torch.float64)
+                    least[source] = average.minimum(least.get(source, average))
+    for source, lowest in least.items():
+        # Some coefficients are negative, and a variance must not be.
+        if bool((lowest >= 0).all()):
+            sums[source] = sums[source].maximum(lowest)
     for key, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and tensor in sums:
             exported[key] = sums[tensor].to(tensor)
@@ -108,9 +118,9 @@ def fit(
 ) -> Fit:
     """Return how `reconstruct` forms an average of this width, and how good it can be.
 
-    The shares of steps in a `PowerEMA` over T updates are in proportion to p(t) = (γ + 1) ·
-    t^γ / T^(γ + 1), t ≤ T. The coefficients x of those that were saved minimise
-    ∫(∑ xᵢ pᵢ − p)² dt: they solve ∑ⱼ ⟨pᵢ, pⱼ⟩ xⱼ = ⟨pᵢ, p⟩, and are scaled to sum to 1.
+    Update t of the n that an average stands for has the share p(t) = (t^(γ + 1) −
+    (t − 1)^(γ + 1)) / n^(γ + 1) in it. The coefficients x of the averages that were saved minimise
+    ∑ₜ (∑ᵢ xᵢ pᵢ(t) − p(t))²: they solve ∑ⱼ ⟨pᵢ, pⱼ⟩ xⱼ = ⟨pᵢ, p⟩, and are scaled to sum to 1.
 
     Args:
         checkpoints, sigma_rel, optimizer: see `reconstruct`. Files are not read but mapped,
@@ -121,34 +131,44 @@ def fit(
     """
     rules = _power_emas(optimizer)
     counts = list(_counts(checkpoints, optimizer, list(rules)))
-    saved = [_Power(n, rules[name].gamma) for each in counts for name, n in each.items()]
     wanted = _Power(max(counts[-1].values()), PowerEMA.from_width(sigma_rel).gamma)
+    powers = [_Power(n, rules[name].gamma) for each in counts for name, n in each.items()]
 
-    products = torch.tensor([[a @ b for b in saved] for a in saved], dtype=torch.float64)
-    toward = torch.tensor([each @ wanted for each in saved], dtype=torch.float64)
-    x = torch.linalg.solve(products, toward)
+    products = torch.zeros(len(powers) + 1, len(powers) + 1, dtype=torch.float64)
+    for shares in _shares([*powers, wanted]):
+        products += shares @ shares.T
+    x = torch.linalg.solve(products[:-1, :-1], products[:-1, -1])
     x = x / x.sum()
-    squared = x @ products @ x - 2 * x @ toward + wanted @ wanted
+    squared = 0.0
+    for shares in _shares([*powers, wanted]):
+        squared += float((x @ shares[:-1] - shares[-1]).square().sum())
     columns = x.view(len(counts), len(rules)).T.tolist()
     return Fit(
         coefficients=dict(zip(rules, map(tuple, columns), strict=True)),
-        # Rounding may leave a little less than nothing of a fit that is exact.
-        residual=max(squared.item() / (wanted @ wanted), 0.0) ** 0.5,
+        residual=math.sqrt(squared / float(products[-1, -1])),
     )
 
 
 @dataclass(frozen=True)
 class _Power:
-    """p(t) = (gamma + 1) · t^gamma / end^(gamma + 1), t in [0, end]."""
+    """The shares of `end` updates in a `PowerEMA`."""
 
-    end: float
+    end: int
     gamma: float
 
-    def __matmul__(self, other: _Power) -> float:
-        """∫ p(t) q(t) dt, up to the earlier end."""
-        early, late = sorted((self, other), key=lambda power: power.end)
-        scale = (early.gamma + 1) * (late.gamma + 1) / (early.gamma + late.gamma + 1)
-        return scale * math.pow(early.end / late.end, late.gamma) / late.end
+    def shares(self, updates: Tensor) -> Tensor:
+        """Return the share of each of these updates, the first being 1."""
+        after, before = (
+            (t / self.end).clamp(max=1) ** (self.gamma + 1) for t in (updates, updates - 1)
+        )
+        return after - before
+
+
+def _shares(powers: Sequence[_Power]) -> Iterator[Tensor]:
+    """Yield the shares in each average, a row for each, some thousand updates at a time."""
+    last = max(power.end for power in powers)
+    for updates in torch.arange(1, last + 1, dtype=torch.float64).split(2**13):
+        yield torch.stack([power.shares(updates) for power in powers])
 
 
 def _power_emas(optimizer: AveragingOptimizer) -> dict[str, PowerEMA]:

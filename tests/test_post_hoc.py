@@ -90,9 +90,8 @@ def test_the_residual_is_the_distance_of_the_shares_of_all_steps(kept: Kept, wid
             n = state_dict["param_groups"][0][f"n_averaged_{name}"]
             shares[:n] += factor * torch.tensor(describe(kept.optimizer.rules[name], n).shares)
     wanted = torch.tensor(describe(PowerEMA.from_width(width), STEPS).shares)
-    # Steps are counted one by one here, time is continuous there.
     expected = float((shares - wanted).norm() / wanted.norm())
-    assert found.residual == pytest.approx(expected, rel=0.05)
+    assert found.residual == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -241,6 +240,24 @@ def test_a_mask_with_infinities_stays_one() -> None:
     assert torch.equal(found["mask"], torch.full((2, 2), -torch.inf).triu(1))
 
 
+def test_a_variance_that_falls_stays_one() -> None:
+    """Narrower than the averages that were kept, so that the factors of some are below 0."""
+    model = nn.Linear(3, 2)
+    model.register_buffer("variance", torch.ones(3))
+    adam = Adam(model.parameters(), lr=0.01)
+    optimizer = AveragingOptimizer(adam, TWO, buffers=model)
+    saved = []
+    for step in range(64):
+        model.variance = torch.full((3,), 1e-9 if step >= 56 else 1.0)
+        optimizer.update_averages()
+        if step % 16 == 15:
+            saved.append(copy.deepcopy(optimizer.state_dict()))
+    factors = fit(saved, 0.02, optimizer).coefficients
+    assert min(min(each) for each in factors.values()) < 0
+    found: Tensor = reconstruct(saved, model, 0.02, optimizer)["variance"]
+    assert bool((found > 0).all())
+
+
 def test_complex_weights_are_summed_too() -> None:
     model = nn.ParameterList([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
     optimizer = AveragingOptimizer(SGD(model.parameters(), lr=0.1), TWO)
@@ -252,7 +269,7 @@ def test_complex_weights_are_summed_too() -> None:
         if step % 8 == 7:
             saved.append(copy.deepcopy(optimizer.state_dict()))
     found: Tensor = reconstruct(saved, model, 0.08, optimizer)["0"]
-    number = 63 - describe(PowerEMA.from_width(0.08), 64).window
+    number = 63 - describe(PowerEMA.from_width(0.08), 64).mean_age
     expected = torch.full_like(found, complex(number, -number))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
