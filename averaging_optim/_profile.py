@@ -16,12 +16,12 @@ class Profile:
     Attributes:
         shares: of the weights after each step, the first step first; they sum to 1. The
             first of them shows how much an EMA still holds of the weights it began with.
-        window: how many steps back these weights are in the mean, 0 for the present ones.
+        mean_age: how many steps back these weights are in the mean, 0 for the present ones.
         half_life: the least number of steps back in which half of the average lies.
     """
 
     shares: tuple[float, ...]
-    window: float
+    mean_age: float
     half_life: int
 
 
@@ -42,7 +42,7 @@ def describe(rule: Rule, steps: int) -> Profile:
     Example:
         >>> from averaging_optim import EMA, describe
         >>> describe(EMA(decay=0.5), steps=4)
-        Profile(shares=(0.125, 0.125, 0.25, 0.5), window=0.875, half_life=0)
+        Profile(shares=(0.125, 0.125, 0.25, 0.5), mean_age=0.875, half_life=0)
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"`rule` must be a Rule, got {rule!r}.")
@@ -55,7 +55,7 @@ def describe(rule: Rule, steps: int) -> Profile:
     half = 0.5 - 1e-9  # so that rounding does not decide about an even number of equal shares
     return Profile(
         shares=tuple(reversed(by_age)),
-        window=sum(age * share for age, share in enumerate(by_age)),
+        mean_age=sum(age * share for age, share in enumerate(by_age)),
         half_life=next(age for age, sum_ in enumerate(accumulate(by_age)) if sum_ >= half),
     )
 

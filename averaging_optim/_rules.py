@@ -109,7 +109,7 @@ class EMA(Rule):
         ValueError: an argument is outside its interval.
 
     Source: Polyak, Juditsky: Acceleration of stochastic approximation by averaging,
-    SIAM J. Control Optim. 30(4), 1992, for averaging; the exponential window is
+    SIAM J. Control Optim. 30(4), 1992, for averaging; exponential weights are
     signal processing's. Kingma, Ba: Adam, ICLR 2015, arXiv 1412.6980, for `debias`.
 
     Example:
@@ -261,8 +261,8 @@ class PolynomialAverage(Rule):
 
     wₙ = (eta + 1) / (n + 1 + eta)
 
-    The k-th of n + 1 weights gets a share in proportion to k^eta, nearly. The average
-    looks back over a constant part of the run, (n + 1) / (eta + 2) updates in the mean.
+    The k-th of n + 1 weights gets a share in proportion to k^eta, nearly. The mean age is a
+    constant part of the run: n / (eta + 2) updates.
 
     Args:
         eta: in [0, ∞). 0 is SWA.
@@ -292,7 +292,7 @@ class PolynomialAverage(Rule):
 
 @dataclass(frozen=True)
 class PowerEMA(Rule):
-    """Average whose window is a constant part of the run, as a power function of time.
+    """Average whose mean age is a constant part of the run, as a power function of time.
 
     wₙ = 1 − (1 − 1 / (n + 1))^(gamma + 1)
 
@@ -514,23 +514,26 @@ class SwitchEMA(Rule):
 class PowerRamp(Rule):
     """Share that falls as a power of the number of updates: a `warmup` of EMA.
 
-    wₙ = (1 + (n + 1) / gamma)^(−power),    w₀ = 1
+    wₙ = (1 + n / gamma)^(−power)
 
     Args:
         gamma: updates until the share begins to fall, in (0, ∞).
         power: in (0, 1]. 2/3 reaches a decay of 0.9999 after a million updates, 3/4 after
-            0.2 million.
+            0.2 million; 1 is SWA, with gamma 1.
         start, every: see `Rule`; of no effect as a `warmup`.
 
     Raises:
         TypeError: an argument is not a number.
         ValueError: an argument is outside its interval.
 
-    Source: Crowson's EMA with warm-up, as in timm's `ModelEmaV3` and ema-pytorch.
+    Source: Crowson's EMA with warm-up in k-diffusion. Compared with timm's `ModelEmaV3`, diffusers'
+    `EMAModel(use_ema_warmup=True)` and ema-pytorch, update by update.
 
     Example:
+        >>> [round(PowerRamp(power=2 / 3).weight(n), 3) for n in (0, 1, 2, 3)]
+        [1.0, 0.63, 0.481, 0.397]
         >>> [round(1 - PowerRamp(power=2 / 3).weight(n), 4) for n in (10, 1000, 10**6)]
-        [0.8092, 0.99, 0.9999]
+        [0.7978, 0.99, 0.9999]
         >>> round(1 - PowerRamp(power=3 / 4).weight(215_443), 4)
         0.9999
     """
@@ -544,28 +547,30 @@ class PowerRamp(Rule):
         check_real("power", self.power, "(0, 1]")
 
     def weight(self, n_averaged: int) -> float:
-        n = n_averaged + 1
-        return (1.0 + n / self.gamma) ** -self.power if n_averaged > 0 else 1.0
+        return math.pow(1.0 + n_averaged / self.gamma, -self.power)
 
 
 @dataclass(frozen=True)
 class TFRamp(Rule):
     """TensorFlow's share of early updates: a `warmup` of EMA.
 
-    wₙ = 9 / (10 + n + 1),    w₀ = 1
+    wₙ = 9 / (10 + n),    w₀ = 1
 
     Args:
         start, every: see `Rule`; of no effect as a `warmup`.
 
-    Source: `tf.train.ExponentialMovingAverage` with `num_updates`.
+    Source: `tf.train.ExponentialMovingAverage(decay, num_updates)`, which starts at the initial
+    weights and takes the smaller of decay and (1 + num_updates) / (10 + num_updates), whatever
+    count it is given. Compared with diffusers' `EMAModel`, which ramps so by default, and with
+    torch_ema begun at the same weights, update by update.
 
     Example:
         >>> [round(TFRamp().weight(n), 3) for n in (0, 1, 10, 100)]
-        [1.0, 0.75, 0.429, 0.081]
+        [1.0, 0.818, 0.45, 0.082]
     """
 
     def weight(self, n_averaged: int) -> float:
-        return 9.0 / (10.0 + n_averaged + 1.0) if n_averaged > 0 else 1.0
+        return 9.0 / (10.0 + n_averaged) if n_averaged > 0 else 1.0
 
 
 @dataclass(frozen=True)

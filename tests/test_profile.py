@@ -69,14 +69,16 @@ def test_shares_sum_to_1_and_half_of_them_lie_in_the_half_life(rule: Rule, steps
 
 def test_window_and_half_life_are_their_closed_forms() -> None:
     ema, swa = describe(EMA(0.99), 5000), describe(SWA(), 101)
-    assert ema.window == pytest.approx(99)
+    assert ema.mean_age == pytest.approx(99)
     assert ema.half_life == math.ceil(math.log(0.5) / math.log(0.99)) - 1
-    assert swa.window == pytest.approx(50)
+    assert swa.mean_age == pytest.approx(50)
     assert swa.half_life == 50
     assert describe(SWA(), 66).half_life == 32
     # A tenth of the updates for the same half-life: the window is the same but for an interval.
     every_tenth = describe(EMA.from_half_life(steps=69, every=10), 5000)
-    assert every_tenth.window == pytest.approx(describe(EMA.from_half_life(69), 5000).window, abs=5)
+    assert every_tenth.mean_age == pytest.approx(
+        describe(EMA.from_half_life(69), 5000).mean_age, abs=5
+    )
 
 
 @pytest.mark.parametrize(

@@ -99,11 +99,10 @@ def test_a_debiased_ema_of_decay_1_is_swa() -> None:
 
 @given(decay=UNIT, n=COUNTS)
 def test_a_warmup_is_followed_while_its_share_is_the_larger_one(decay: float, n: int) -> None:
-    """Others take the smaller decay: (1 + t) / (10 + t) in TensorFlow, 1 − (1 + t/γ)^−p in timm."""
-    t = n + 1
-    tensorflow = 1 - min(decay, (1 + t) / (10 + t))
+    """Others take the smaller decay: (1 + n) / (10 + n) in TensorFlow, 1 − (1 + n/γ)^−p in timm."""
+    tensorflow = 1 - min(decay, (1 + n) / (10 + n))
     assert EMA(decay, warmup=TFRamp()).weight(n) == pytest.approx(tensorflow, abs=1e-15)
-    timm = 1 - min(decay, 1 - (1 + t / 2) ** -0.75)
+    timm = 1 - min(decay, 1 - (1 + n / 2) ** -0.75)
     assert EMA(decay, warmup=PowerRamp(2, 0.75)).weight(n) == pytest.approx(timm, abs=1e-15)
 
 
@@ -120,14 +119,19 @@ def test_a_scaled_ema_takes_a_batch_for_so_many(decay: float, factor: float) -> 
     assert rule == EMA(decay**factor, debias=True, every=3)
 
 
+def test_a_power_ramp_of_power_1_is_swa() -> None:
+    shares = [PowerRamp(power=1).weight(n) for n in range(9)]
+    assert shares == [SWA().weight(n) for n in range(9)]
+
+
 N = 2000
 AGES = [
     pytest.param(EMA(0.99), 99 * (1 - 0.99 ** (N - 1)), id="ema"),
     pytest.param(EMA(0.99, debias=True), 99 - N * 0.99**N / (1 - 0.99**N), id="debiased"),
     pytest.param(SWA(), (N - 1) / 2, id="swa"),
     pytest.param(T_ADEMA(0.99), 99 * (1 - 0.99 ** (N - 4)), id="t_adema"),
-    pytest.param(PolynomialAverage(8), N + 8 - 9 * (N + 9) / 10, id="polynomial"),
-    pytest.param(PolynomialAverage(2.5), N + 2.5 - 3.5 * (N + 3.5) / 4.5, id="polynomial_2.5"),
+    pytest.param(PolynomialAverage(8), (N - 1) / 10, id="polynomial"),
+    pytest.param(PolynomialAverage(2.5), (N - 1) / 4.5, id="polynomial_2.5"),
     pytest.param(PowerEMA(6.94), sum((i / N) ** 7.94 for i in range(1, N)), id="power"),
     pytest.param(EMA(0.99, warmup=TFRamp()), 99, id="tf_ramp"),
     pytest.param(EMA(0.99, warmup=PowerRamp()), 99, id="power_ramp"),
