@@ -1,4 +1,4 @@
-"""Averages of any width after training, from the checkpoints of a run that kept two of them."""
+"""Averages made after training, out of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from averaging_optim._averages.average import store_keys
 from averaging_optim._averages.averages import COUNT
-from averaging_optim._averages.moving import has_infinity, numeric_kind
 from averaging_optim._checkpoints.format import Checkpoint, read_checkpoint
+from averaging_optim._merging import decay_shares, merge, plus
 from averaging_optim._optimizer import AveragingOptimizer
-from averaging_optim._rules import PowerEMA
+from averaging_optim._rules import SWA, PowerEMA
+
+__all__ = ["Fit", "decay_shares", "fit", "merge", "reconstruct", "window"]
 
 AnyCheckpoint = Mapping[str, Any] | str | os.PathLike[str]
 
@@ -91,6 +93,76 @@ def reconstruct(
         (131.7, 131.7)
     """
     coefficients = fit(checkpoints, sigma_rel, optimizer).coefficients
+    return _summed(checkpoints, model, optimizer, coefficients)
+
+
+def window(
+    checkpoints: Sequence[AnyCheckpoint],
+    model: nn.Module,
+    optimizer: AveragingOptimizer,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Return the model's state dict under the mean of the weights between two checkpoints.
+
+    (t₂ · A₂ − t₁ · A₁) / (t₂ − t₁)
+
+    Of a run that has kept `SWA`, A being its average after t updates. Keep it in float64
+    (`dtype=torch.float64`) if the two are near each other beside t: what float32 has rounded off
+    of A is multiplied by t₂ / (t₂ − t₁).
+
+    Args:
+        checkpoints: two of one run, the earlier first: see `reconstruct`.
+        model, optimizer: see `reconstruct`.
+        name: which average; may be left out if there is only one.
+
+    Returns:
+        as `reconstruct`.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: the average is not by `SWA`, there are not two checkpoints, or one does not
+            fit; see `reconstruct`.
+
+    Source: the same as in icefall's `average_checkpoints_with_averaged_model`.
+
+    Example:
+        >>> import copy, torch
+        >>> from averaging_optim import SWA, AveragingOptimizer
+        >>> from averaging_optim.post_hoc import window
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> optimizer = AveragingOptimizer(torch.optim.SGD(model.parameters()), SWA())
+        >>> saved = []
+        >>> for number in (1.0, 2.0, 3.0, 4.0):
+        ...     _ = torch.nn.init.constant_(model.weight, number)
+        ...     optimizer.update_averages()
+        ...     saved.append(copy.deepcopy(optimizer.state_dict()))
+        >>> window([saved[1], saved[3]], model, optimizer)
+        {'weight': tensor([[3.5000]])}
+    """
+    if not isinstance(optimizer, AveragingOptimizer):
+        raise TypeError(f"`optimizer` must be an AveragingOptimizer, got {optimizer!r}.")
+    chosen = optimizer._averages.named(name).name
+    if not isinstance(optimizer.rules[chosen], SWA):
+        raise ValueError(f"`name` must be an average by SWA, got {optimizer.rules[chosen]!r}.")
+    counts = [each[chosen] for each in _counts(checkpoints, optimizer, [chosen])]
+    if len(counts) != 2:
+        raise ValueError(f"`checkpoints` must be two, got {len(counts)}.")
+    early, late = counts
+    shares = {chosen: (-early / (late - early), late / (late - early))}
+    return _summed(checkpoints, model, optimizer, shares)
+
+
+def _summed(
+    checkpoints: Sequence[AnyCheckpoint],
+    model: nn.Module,
+    optimizer: AveragingOptimizer,
+    coefficients: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """Return the model's state dict under a sum of averages in checkpoints.
+
+    Args:
+        coefficients: name → factor of its average in each checkpoint.
+    """
     # What is averaged is replaced below; an optimizer without averages gives the model's own.
     exported = optimizer.averaged_state_dict(model, next(iter(coefficients)))
     sums: dict[Tensor, Tensor] = {}
@@ -99,12 +171,12 @@ def reconstruct(
     for i, checkpoint in enumerate(_read(checkpoints, optimizer)):
         for name, factors in coefficients.items():
             for source, average in checkpoint.averages[name].items():
-                sums[source] = _plus(sums.get(source), average, factors[i])
+                sums[source] = plus(sums.get(source), average, factors[i])
                 if source in buffers and average.is_floating_point():
                     average = average.to("cpu", torch.float64)
                     least[source] = average.minimum(least.get(source, average))
     for source, lowest in least.items():
-        # Some coefficients are negative, and a variance must not be.
+        # Some factors are negative, and a variance must not be.
         if bool((lowest >= 0).all()):
             sums[source] = sums[source].maximum(lowest)
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -234,12 +306,3 @@ def _state_dict(checkpoint: AnyCheckpoint) -> Any:
         checkpoint = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     inner = checkpoint.get("optimizer") if isinstance(checkpoint, Mapping) else None
     return checkpoint if inner is None else inner
-
-
-def _plus(sum_: Tensor | None, average: Tensor, factor: float) -> Tensor:
-    """Return sum + factor · average in double precision; the latest of integers and masks."""
-    if numeric_kind(average) == "integer" or has_infinity(average):
-        return average.clone()
-    double = torch.complex128 if average.is_complex() else torch.float64
-    average = average.to("cpu", double)
-    return factor * average if sum_ is None else sum_.add_(average, alpha=factor)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from training import averages, model_with_batch_norm, same, small_model, train, values
 
-from averaging_optim import EMA, AveragingOptimizer, Formula, PowerEMA, Rule, describe
-from averaging_optim.post_hoc import fit, reconstruct
+from averaging_optim import EMA, SWA, AveragingOptimizer, Formula, PowerEMA, Rule, describe
+from averaging_optim.post_hoc import fit, reconstruct, window
 
 STEPS = 512
 TWO: dict[str, Rule] = {"narrow": PowerEMA.from_width(0.05), "wide": PowerEMA.from_width(0.1)}
@@ -372,3 +372,40 @@ def test_wrong_arguments_are_refused_by_name(
     }
     with pytest.raises(error, match=message):
         reconstruct(**{**right, **arguments})
+
+
+def with_a_mean(model: nn.Module, dtype: torch.dtype | None = None) -> AveragingOptimizer:
+    sgd = SGD(model.parameters(), lr=0.1)
+    return AveragingOptimizer(sgd, {"mean": SWA(), "ema": EMA(0.9)}, dtype=dtype)
+
+
+def test_a_window_is_the_mean_of_the_weights_between_two_checkpoints() -> None:
+    model = small_model()
+    optimizer = with_a_mean(model, torch.float64)
+    train(model, optimizer, 30)
+    early = copy.deepcopy(optimizer.state_dict())
+    snapshots = train(model, optimizer, 20, first=30)
+    found = window([early, optimizer.state_dict()], model, optimizer, "mean")
+    expected = [torch.stack(each).double().mean(0).float() for each in zip(*snapshots, strict=True)]
+    # The average has been rounded 50 times in float64, and multiplied by 50 / 20.
+    torch.testing.assert_close(list(found.values()), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "message"),
+    [
+        (2, "ema", r"`name` must be an average by SWA, got EMA"),
+        (2, None, r"`name` must be one of 'mean', 'ema', got None"),
+        (1, "mean", r"`checkpoints` must be two, got 1\."),
+        (3, "mean", r"`checkpoints` must be two, got 3\."),
+    ],
+)
+def test_a_window_of_anything_else_is_refused(number: int, name: str | None, message: str) -> None:
+    model = small_model()
+    optimizer = with_a_mean(model)
+    saved = []
+    for i in range(number):
+        train(model, optimizer, 2, first=2 * i)
+        saved.append(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(ValueError, match=message):
+        window(saved, model, optimizer, name)
