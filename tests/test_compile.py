@@ -1,7 +1,8 @@
-"""A compiled step computes what the eager one does, and is not compiled for ever."""
+"""Compiled steps and swaps compute what eager ones do, and are not compiled for ever."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
-from training import averages, loss_of_batch, recurrence, same, small_model, values
+from training import (
+    averages,
+    averaging_sgd,
+    everything,
+    loss_of_batch,
+    recurrence,
+    same,
+    small_model,
+    train,
+    values,
+)
 
 from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
 
@@ -107,3 +118,128 @@ def test_a_compiled_step_equals_the_eager_one_bit_for_bit() -> None:
     assert same(models[0].parameters(), models[1].parameters())
     for name in RULES["all"]:
         assert same(averages(eager, name), averages(optimizer, name))
+
+
+with_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler"
+)
+# On a CPU the last, which is for CUDA graphs, compiles as inductor does by default.
+BACKENDS = [
+    pytest.param({"backend": "eager"}, id="eager"),
+    pytest.param({"backend": "aot_eager"}, id="aot_eager"),
+    pytest.param({"backend": "inductor"}, id="inductor", marks=with_compiler),
+    pytest.param({"mode": "reduce-overhead"}, id="reduce_overhead", marks=with_compiler),
+]
+backends = pytest.mark.parametrize("options", BACKENDS)
+in_place = pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
+
+
+@backends
+@in_place
+def test_a_function_with_a_swap_in_it_compiles_to_what_it_does_uncompiled(
+    options: dict[str, Any], in_place: bool
+) -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, EMA(0.5))
+    train(model, optimizer, 3)
+    teacher, before = optimizer.averaged_model(model), everything(model, optimizer)
+    batch = torch.randn(8, 3)
+
+    def evaluate() -> tuple[Tensor, Tensor, Tensor]:
+        weight = next(model.parameters()).view(-1)
+        with torch.no_grad():
+            with optimizer.swap_to_averaged(in_place=in_place):
+                inside, averaged = weight.clone(), model(batch)
+            return inside, averaged, model(batch)
+
+    def alike(thing: Callable[..., Any]) -> Any:
+        # So that what is expected has been rounded by the same kernels.
+        with torch.no_grad():
+            return torch.compile(thing, **options)(batch)
+
+    expected = [next(teacher.parameters()).view(-1).clone(), alike(teacher), alike(model)]
+    compiled = torch.compile(evaluate, **options)
+    for _ in range(2):
+        assert same(compiled(), expected)
+        assert same(everything(model, optimizer), before)
+
+
+MODES: dict[str, Callable[[], Any]] = {
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "grad": torch.enable_grad,
+}
+
+
+@backends
+@in_place
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("first", ["outside", "inside"])
+def test_a_compiled_model_is_the_average_inside_and_the_weights_outside(
+    first: str, mode: Callable[[], Any], in_place: bool, options: dict[str, Any]
+) -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, EMA(0.5))
+    train(model, optimizer, 3)
+    batch = torch.randn(8, 3)
+    with mode():
+        averaged, trained = (
+            values([torch.compile(each, **options)(batch)])
+            for each in (optimizer.averaged_model(model), model)
+        )
+        torch._dynamo.reset()
+        compiled = torch.compile(model, **options)
+        if first == "outside":
+            assert same([compiled(batch)], trained)
+        for _ in range(2):
+            with optimizer.swap_to_averaged(in_place=in_place):
+                assert same([compiled(batch)], averaged)
+            assert same([compiled(batch)], trained)
+    assert not same(averaged, trained)
+
+
+def whole_step(model: nn.Module, optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
+    def step(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(batch) - 1).square().mean()
+        value: Tensor = loss.detach()
+        loss.backward()
+        optimizer.step()
+        return value
+
+    return step
+
+
+def train_by(step: Callable[[Tensor], Tensor], model: nn.Module) -> list[list[Tensor]]:
+    """Return the weights, and the loss that led there, of each step."""
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randn(STEPS, 8, 3, generator=generator)
+    return [[step(batch), *values(model.parameters())] for batch in batches]
+
+
+@backends
+@pytest.mark.parametrize("build", [sgd, adam])
+def test_a_train_step_that_is_compiled_whole_trains_as_without_the_wrapper_and_averages(
+    build: Callable[[nn.Module], Optimizer], options: dict[str, Any]
+) -> None:
+    bare_model, model = small_model(), small_model()
+    bare, optimizer = build(bare_model), AveragingOptimizer(build(model), RULES["all"])
+    snapshots = train_by(torch.compile(whole_step(model, optimizer), **options), model)
+    torch._dynamo.reset()
+    expected = train_by(torch.compile(whole_step(bare_model, bare), **options), bare_model)
+    for step, expected_step in zip(snapshots, expected, strict=True):
+        assert same(step, expected_step)
+    for name, rule in RULES["all"].items():
+        assert same(averages(optimizer, name), recurrence(rule, [s[1:] for s in snapshots]))
+
+
+@pytest.mark.parametrize("options", BACKENDS[:2])
+def test_a_train_step_that_is_compiled_whole_equals_the_eager_one(options: dict[str, Any]) -> None:
+    models = small_model(), small_model()
+    eager, optimizer = (AveragingOptimizer(sgd(model), RULES["all"]) for model in models)
+    expected = train_by(whole_step(models[0], eager), models[0])
+    snapshots = train_by(torch.compile(whole_step(models[1], optimizer), **options), models[1])
+    for step, expected_step in zip(snapshots, expected, strict=True):
+        assert same(step, expected_step)
+    for name in RULES["all"]:
+        assert same(averages(optimizer, name), averages(eager, name))

@@ -18,7 +18,6 @@ from training import (
     averaging_sgd,
     everything,
     frozen,
-    loss_of_batch,
     model_with_batch_norm,
     same,
     small_model,
@@ -246,28 +245,6 @@ def test_a_weight_that_is_resized_inside_comes_back_in_its_former_shape() -> Non
     with optimizer.swap_to_averaged():
         weight.data = torch.zeros(5)
     assert same([weight], [torch.full((2,), 3.0)])
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_function_with_a_swap_in_it_compiles_to_what_it_does_uncompiled(backend: str) -> None:
-    model = small_model()
-    optimizer = averaging_sgd(model, EMA(0.5))
-    train(model, optimizer, 3)
-    before = everything(model, optimizer)
-
-    def evaluate() -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            with optimizer.swap_to_averaged():
-                averaged = loss_of_batch(model, 0)
-            return averaged, loss_of_batch(model, 0)
-
-    expected = evaluate()
-    torch._dynamo.reset()
-    compiled = torch.compile(evaluate, backend=backend)
-    for _ in range(2):
-        assert same(compiled(), expected)
-        assert same(everything(model, optimizer), before)
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
