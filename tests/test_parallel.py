@@ -6,6 +6,7 @@ All ranks see the same batches, so that the mean gradient of two is that of one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -37,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 from training import (
     averaging_sgd,
+    gradients_of,
     loss_of_batch,
     model_with_batch_norm,
     recurrence,
@@ -148,9 +150,7 @@ def with_fsdp() -> Life:
 
 
 def with_tensor_parallel() -> Life:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-    model = parallelize_module(small_model(), mesh, plan)
+    model = tensor_parallel_model()
     return live(model, averaging_adam(model))
 
 
@@ -166,6 +166,12 @@ def sharded_model() -> nn.Module:
     fully_shard(model[0])
     fully_shard(model)
     return model
+
+
+def tensor_parallel_model() -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    return parallelize_module(small_model(), mesh, plan)
 
 
 def assert_same_life(life: Life, expected: Life) -> None:
@@ -371,6 +377,56 @@ class TestOneRank:
             averaged.load_state_dict(get_model_state_dict(model, options=WHOLE))
         assert same([inside], [loss_of_batch(averaged, 0)])
         assert same([outside], [loss_of_batch(model, 0)])
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            small_model,
+            pytest.param(sharded_model, marks=trains_with_fsdp),
+            tensor_parallel_model,
+        ],
+    )
+    @pytest.mark.parametrize("made_inside", [False, True], ids=["outside", "inside"])
+    def test_a_graph_is_not_taken_over_the_edge_of_a_swap(
+        self, made_inside: bool, build: Callable[[], nn.Module]
+    ) -> None:
+        """FSDP gathers weights anew in backward, which would be others than in forward."""
+        model = build()
+        optimizer = averaging_adam(model)
+        train(model, optimizer, 3)
+        before, averaged = whole(model.parameters()), whole_averages(optimizer)
+        swap = ExitStack()
+        if made_inside:
+            swap.enter_context(optimizer.swap_to_averaged("ema"))
+        loss = loss_of_batch(model, 0)
+        if made_inside:
+            swap.close()
+        else:
+            swap.enter_context(optimizer.swap_to_averaged("ema"))
+        with swap, pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        assert same(whole(weights_of(optimizer)), before)
+        for name, average in whole_averages(optimizer).items():
+            assert same(average, averaged[name])
+
+    @trains_with_fsdp
+    @pytest.mark.parametrize("build", [sharded_model, tensor_parallel_model])
+    def test_gradients_of_a_graph_that_stays_inside_a_swap_are_those_of_the_average(
+        self, build: Callable[[], nn.Module]
+    ) -> None:
+        model, averaged = build(), small_model()
+        optimizer = averaging_adam(model)
+        train(model, optimizer, 3)
+        with torch.no_grad():
+            for weight, average in zip(
+                averaged.parameters(), whole_averages(optimizer)["ema"], strict=True
+            ):
+                weight.copy_(average)
+        optimizer.zero_grad()
+        with optimizer.swap_to_averaged("ema"):
+            loss_of_batch(model, 0).backward()
+        loss_of_batch(averaged, 0).backward()
+        assert same(whole(gradients_of(model)), gradients_of(averaged))
 
     @trains_with_fsdp
     @pytest.mark.parametrize("value", [torch.ones(4, 3), DTensor], ids=["plain", "replicated"])

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from averaging_optim._averages.sharding import reshard_modules, sharding_of
+from averaging_optim._averages.sharding import forget_gathered, sharding_of
 
 
 @contextmanager
 def caches_invalidated(weights: Iterable[Tensor]) -> Iterator[None]:
     """Drop the copies of these weights on entering and on leaving."""
-    is_sharded = any(sharding_of(weight) is not None for weight in weights)
-    _drop_copies(is_sharded)
+    sharded = [weight for weight in weights if sharding_of(weight) is not None]
+    _drop_copies(sharded)
     try:
         yield
     finally:
-        _drop_copies(is_sharded)
+        _drop_copies(sharded)
 
 
-def _drop_copies(is_sharded: bool) -> None:
+def _drop_copies(sharded: Sequence[Tensor]) -> None:
     # Autocast keeps weights in lower precision until its block is left, and so does
     # `parametrize.cached()` what its parametrizations make of them.
     torch.clear_autocast_cache()
     parametrize._cache.clear()
-    if is_sharded:
-        reshard_modules()
+    if sharded:
+        forget_gathered(sharded)

@@ -35,12 +35,35 @@ def all_ranks_agree(verdict: bool, sharding: Any) -> bool:
     return bool(votes.full_tensor())
 
 
-def reshard_modules() -> None:
-    """Let FSDP gather its weights again: after a forward alone, the root keeps them gathered."""
+def forget_gathered(weights: Iterable[Tensor]) -> None:
+    """Let FSDP gather these weights again, and autograd know that they have changed.
+
+    Graphs that were made before then raise in backward, as those of any weight do.
+    """
     # Imported here, as few programs need it and it takes half a second.
     from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
 
+    # A DTensor counts its changes apart from its local part, and FSDP gathers without a count.
+    changed = set(weights)
     # A sharded weight does not know its module; this is torch's own list of those there are.
     for module in [each for each in _module_state_mapping if isinstance(each, FSDPModule)]:
-        module.reshard()
+        module.reshard()  # after a forward alone, the root keeps its weights gathered
+        changed.update(_gathered(module, changed))
+    for each in changed:
+        torch.autograd.graph.increment_version(each)
+
+
+def _gathered(module: Any, weights: set[Tensor]) -> list[Tensor]:
+    """Return those tensors of a module that these weights are gathered into."""
+    state = module._get_fsdp_state()
+    # Older versions of torch have one group for a module, or None.
+    groups = getattr(state, "_fsdp_param_groups", None) or [
+        getattr(state, "_fsdp_param_group", None)
+    ]
+    return [
+        each._unsharded_param
+        for group in groups
+        for each in (group.fsdp_params if group else ())
+        if each.sharded_param in weights and hasattr(each, "_unsharded_param")
+    ]
