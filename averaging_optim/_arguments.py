@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from averaging_optim._averages.average import store_keys
+from averaging_optim._averages.moving import has_memory_of_its_own
 from averaging_optim._averages.sources import Buffers, Excluded, unwrapped
 from averaging_optim._checks import check_bool
 from averaging_optim._rules import Formula, Rule
@@ -120,12 +121,12 @@ def _checked_tensors(argument: str, tensors: object, rule: str) -> tuple[Tensor,
 
 def _check_memory(argument: str, tensor: Tensor) -> None:
     """Raise unless each number of the tensor lies in memory of its own."""
-    is_strided = tensor.layout == torch.strided and not tensor.is_quantized
-    repeats = is_strided and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
-    if not is_strided or repeats:
-        kind = "expanded" if repeats else "quantized" if tensor.is_quantized else tensor.layout
+    kind: object = None
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else tensor.layout
+    elif not has_memory_of_its_own(tensor):
+        kind = "expanded" if 0 in tensor.stride() else "overlapping itself"
+    if kind:
         raise ValueError(
             f"`{argument}` must hold tensors of which each number has memory of its own, got one "
             f"that is {kind}, of shape {tuple(tensor.shape)}. Clone it, or leave it out."

@@ -62,8 +62,8 @@ class Averaged:
                 of backing the weights up. Then nothing inside may write into the weights, or
                 it is in the average for good; what was handed out of the averages before
                 (a state dict, `averaged_model`) holds the weights inside; and leaving a swap
-                must not fail. Only for averages of the dtype and device of their weights;
-                others are backed up all the same.
+                must not fail. Only for averages of the dtype and device of their weights,
+                which share no memory; others are backed up all the same.
 
         Raises:
             ValueError: there is no average of this name, or several and no name.

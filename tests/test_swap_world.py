@@ -225,18 +225,6 @@ def test_a_model_that_is_cast_inside_has_the_training_weights_in_the_new_dtype(
     assert same(model.parameters(), expected)
 
 
-def test_weights_that_share_memory_are_swapped_and_come_back() -> None:
-    first, second = nn.Parameter(torch.arange(4.0)), nn.Parameter(torch.zeros(4))
-    second.data = first.data
-    optimizer = AveragingOptimizer(SGD([first, second], lr=0.1), SWA())
-    optimizer.update_averages()
-    first.data.fill_(8.0)
-    with optimizer.swap_to_averaged():
-        assert same([first, second], [torch.arange(4.0)] * 2)
-    assert same([first, second], [torch.full((4,), 8.0)] * 2)
-    assert first.data_ptr() == second.data_ptr()
-
-
 def test_a_weight_that_is_resized_inside_comes_back_in_its_former_shape() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = AveragingOptimizer(SGD([weight], lr=0.1), SWA())

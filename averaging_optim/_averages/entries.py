@@ -81,7 +81,7 @@ class Entries:
             self.check(parameter, changed)
             self.changes += 1
             for key, each in changed.items():
-                self.stores[key].put(parameter, each)
+                self.stores[key].put(parameter, each, self.stores.values())
 
     def drop(self, parameter: Tensor, key: str) -> None:
         self._swap.refuse(f"del state[...][{key!r}]")

@@ -63,11 +63,35 @@ def average_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype.to_complex() if tensor.is_complex() else dtype
 
 
-def shares_storage(first: Tensor, second: Tensor) -> bool:
-    """Return whether writing into one may change the other."""
-    here, there = local_parts([first, second])
+def storages(tensors: Iterable[Tensor]) -> list[int]:
+    """Return a number for each tensor, the same for those of which one may change the other."""
     # Not by address: storages of no bytes, as on the meta device, are all at 0.
-    return bool(here.untyped_storage()._cdata == there.untyped_storage()._cdata)
+    return [each.untyped_storage()._cdata for each in local_parts(tensors)]
+
+
+def overlapping(tensors: Sequence[Tensor]) -> set[Tensor]:
+    """Return those that may have memory in common with another one of these."""
+    found: set[Tensor] = set()
+    farthest: tuple[int, int, Tensor] | None = None
+    parts = zip(storages(tensors), map(_span, local_parts(tensors)), tensors, strict=True)
+    for storage, (begin, end), each in sorted(parts, key=lambda part: part[:2]):
+        if farthest is None or storage != farthest[0] or begin >= farthest[1]:
+            farthest = storage, end, each
+            continue
+        found |= {each, farthest[2]}
+        if end > farthest[1]:
+            farthest = storage, end, each
+    return found
+
+
+def has_memory_of_its_own(tensor: Tensor) -> bool:
+    """Return whether each number of a strided tensor lies in memory of its own."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
 
 
 def share_memory(first: Tensor, second: Tensor) -> bool:
@@ -283,6 +307,14 @@ def _restore(targets: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
         if here.shape != backup.shape:  # by `target.data = ...`
             target.data = backup.to(target.device, target.dtype)
     copy_into(targets, backups)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return the first and last byte of its storage, the latter exclusive, that a tensor uses."""
+    first, size = int(tensor.storage_offset()), tensor.element_size()
+    pairs = zip(tensor.stride(), tensor.shape, strict=True)
+    last = first + sum(stride * (length - 1) for stride, length in pairs)
+    return first * size, (last + 1) * size if tensor.numel() else first * size
 
 
 @torch.inference_mode(mode=False)

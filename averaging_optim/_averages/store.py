@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,14 +19,16 @@ from averaging_optim._averages.moving import (
     detached_copy,
     exchanged,
     group_by_dtype_and_device,
+    has_memory_of_its_own,
     is_finite,
     move_toward,
     new_average,
+    overlapping,
     overwritten_until_exit,
     restored_if_moved,
     same_dtype_and_device,
-    shares_storage,
     stay_finite,
+    storages,
 )
 from averaging_optim._averages.sharding import sharding_of
 
@@ -65,17 +68,18 @@ class TensorStore:
                 self.tensors[present] = average
         self.changes += 1
 
-    def put(self, source: Tensor, value: Tensor) -> None:
+    def put(self, source: Tensor, value: Tensor, stores: Iterable[TensorStore]) -> None:
         """Keep a value, of any shape: in the present tensor if it fits, else the value itself.
 
-        It is copied if its dtype or device is another, or its memory is that of its source.
+        It is copied if its dtype or device is another, or if it shares memory with what any
+        of the stores keeps, or with what that is of.
         """
         if (kept := self._kept_in_place(source, value.shape)) is not None:
             copy_into([kept], [value])
             return
         dtype, device = average_dtype(source, self._dtype), self._place(source)
-        is_fit = value.dtype == dtype and value.device == device
-        if not is_fit or shares_storage(value, source) or self._holds(value):
+        is_fit = value.dtype == dtype and value.device == device and has_memory_of_its_own(value)
+        if not is_fit or _is_shared(value, source, stores):
             value = new_average(value, dtype, device)
         self._keep({source: value.detach() if value.requires_grad else value})
 
@@ -116,12 +120,12 @@ class TensorStore:
 
         Args:
             present: tensors → those that are in their places on leaving.
-            exchanging: let weights and averages change places where they are alike, rather
-                than back the weights up.
+            exchanging: let weights and averages change places where they are alike and share
+                no memory, rather than back the weights up.
         """
         sources = [source for source in (*weights, *buffers) if source in self.tensors]
         # Averages of buffers stay: update_bn in the block must not reach them.
-        alike = [each for each in weights if exchanging and self._is_alike(each)]
+        alike = self._alike(weights, apart_from=sources) if exchanging else []
         # The memory that holds the averages meanwhile: `Module.to` would give a weight another.
         held = {weight: weight.detach() for weight in alike}
         others = [source for source in sources if source not in held]
@@ -158,12 +162,17 @@ class TensorStore:
         kept = self._kept_in_place(source, source.shape)
         return new_average(source, self._dtype, self._device) if kept is None else kept
 
-    def _is_alike(self, source: Tensor) -> bool:
-        kept = self.tensors.get(source)
-        return kept is not None and same_dtype_and_device(source, kept)
-
-    def _holds(self, value: Tensor) -> bool:
-        return any(kept is value for kept in self.tensors.values())
+    def _alike(self, weights: Iterable[Tensor], *, apart_from: Sequence[Tensor]) -> list[Tensor]:
+        """Return the weights that can change places with their averages."""
+        # The second exchange of what two weights share would take an average for a weight.
+        shared = overlapping(apart_from)
+        return [
+            weight
+            for weight in weights
+            if weight not in shared
+            and weight in self.tensors
+            and same_dtype_and_device(weight, self.tensors[weight])
+        ]
 
     def _kept_in_place(self, source: Tensor, shape: torch.Size) -> Tensor | None:
         """Return the present tensor of a source if it has this shape, and is where it should be."""
@@ -212,16 +221,22 @@ def copy_if_aliased(
     targets: Mapping[str, Mapping[Tensor, Tensor]],
     stores: Iterable[TensorStore],
 ) -> dict[str, dict[Tensor, Tensor]]:
-    """Return the values for these targets; those that are another target now, as copies."""
-    kept = {id(each) for store in stores for each in store.tensors.values()}
+    """Return the values for these targets; those in another target's memory, as copies."""
+    kept = {number for store in stores for number in storages(store.tensors.values())}
 
     def apart(value: Tensor, target: Tensor) -> Tensor:
-        return detached_copy(value) if id(value) in kept and value is not target else value
+        is_other = value is not target and not kept.isdisjoint(storages([value]))
+        return detached_copy(value) if is_other else value
 
     return {
         name: {source: apart(value, targets[name][source]) for source, value in each.items()}
         for name, each in values.items()
     }
+
+
+def _is_shared(value: Tensor, source: Tensor, stores: Iterable[TensorStore]) -> bool:
+    pairs = (pair for store in stores for pair in store.tensors.items())
+    return storages([value])[0] in storages([source, *itertools.chain.from_iterable(pairs)])
 
 
 def are_identical(first: Sequence[object], second: Sequence[object]) -> bool:
