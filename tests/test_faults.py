@@ -7,15 +7,16 @@ import copy
 import functools
 import itertools
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from instructions import AtInstruction
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -249,30 +250,6 @@ def send_all(numbers: Sequence[signal.Signals]) -> None:
             send_all(numbers[1:])
 
 
-class Everywhere:
-    """Send signals at one instruction of the swap's own code, found by tracing it."""
-
-    def __init__(self, number: int, numbers: Sequence[signal.Signals]) -> None:
-        self.left, self.numbers = number, list(numbers)
-
-    def trace(self, frame: FrameType, event: str, arg: object) -> Any:
-        if "averaging_optim/_averages" not in frame.f_code.co_filename:
-            return None
-        frame.f_trace_opcodes = True
-        if event in ("call", "opcode"):
-            self.left -= 1
-            if self.left == 0:
-                send_all(self.numbers)
-        return self.trace
-
-    def __enter__(self) -> None:
-        self.former = sys.gettrace()  # that of a debugger, or what measures coverage
-        sys.settrace(self.trace)
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self.former)
-
-
 @pytest.mark.parametrize(
     "numbers",
     [[signal.SIGINT], [signal.SIGINT] * 2, [signal.SIGINT, signal.SIGUSR1]],
@@ -296,9 +273,9 @@ def test_signals_at_any_instruction_of_a_swap_find_or_leave_the_weights_as_they_
     interrupted = 0
     for number in itertools.count(1):
         called.clear()
-        everywhere = Everywhere(number, numbers)
+        instruction = AtInstruction(number, lambda: send_all(numbers))
         try:
-            with everywhere, optimizer.swap_to_averaged():
+            with instruction, optimizer.swap_to_averaged():
                 pass
         except (KeyboardInterrupt, SystemExit):
             interrupted += 1
@@ -306,7 +283,7 @@ def test_signals_at_any_instruction_of_a_swap_find_or_leave_the_weights_as_they_
         assert [signal.getsignal(number) for number in numbers] == handlers, number
         with optimizer.swap_to_averaged():
             assert weight.item() == 1.0
-        if everywhere.left > 0:
+        if instruction.left > 0:
             break
         # The other handler too has been called, and has seen the one weight or the other.
         assert called in ([[1.0], [3.0]] if signal.SIGUSR1 in numbers else [[]]), number
@@ -328,6 +305,24 @@ def test_a_handler_that_is_set_inside_a_swap_stays(
     assert seen == [1]
 
 
+def test_a_handler_that_is_put_back_around_a_nested_swap_is_the_former_one(
+    handle_usr1: Callable[[Callable[[], object]], None],
+) -> None:
+    _, optimizer = trained(torch.float32, None)
+    seen: list[str] = []
+    handle_usr1(lambda: seen.append("former"))
+    former = signal.getsignal(signal.SIGUSR1)
+    with optimizer.swap_to_averaged():
+        inside = signal.getsignal(signal.SIGUSR1)
+        handle_usr1(lambda: seen.append("nested"))
+        with optimizer.swap_to_averaged():
+            signal.raise_signal(signal.SIGUSR1)
+        signal.signal(signal.SIGUSR1, inside)
+        signal.raise_signal(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) is former
+    assert seen == ["nested", "former"]
+
+
 class Interrupting:
     """A handler that raises when it is looked at, as one that is called then may."""
 
@@ -335,11 +330,12 @@ class Interrupting:
 
     def __call__(self, number: int, frame: FrameType | None) -> None: ...
 
-    def __eq__(self, other: object) -> bool:
-        self.times += 1
-        if self.times == 1:
-            raise SystemExit
-        return False
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":
+            self.times += 1
+            if self.times == 1:
+                raise SystemExit
+        return object.__getattribute__(self, name)
 
 
 def test_what_is_raised_while_handlers_are_put_back_leaves_none_replaced(
@@ -364,6 +360,20 @@ def test_a_swap_in_another_thread_leaves_signals_to_the_main_one() -> None:
     thread.start()
     thread.join()
     assert same(inside[0], held_inside(model, optimizer))
+    assert same(everything(model, optimizer), before)
+
+
+def test_handlers_are_back_once_the_main_thread_has_left_whoever_is_still_inside() -> None:
+    model, optimizer = trained(torch.float32, None)
+    before, former = everything(model, optimizer), signal.getsignal(signal.SIGINT)
+    elsewhere = contextlib.ExitStack()
+    with optimizer.swap_to_averaged(), ThreadPoolExecutor(1) as thread:
+        thread.submit(elsewhere.enter_context, optimizer.swap_to_averaged()).result()
+    assert signal.getsignal(signal.SIGINT) is former
+    assert not same(model.parameters(), before[:6])
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(elsewhere.close).result()
+    assert signal.getsignal(signal.SIGINT) is former
     assert same(everything(model, optimizer), before)
 
 

@@ -32,51 +32,62 @@ class DeferredSignals:
     def __init__(self, must_wait: Callable[[FrameType], bool]) -> None:
         self._must_wait = must_wait
         self._holders: WeakSet[object] = WeakSet()
-        self._handlers: dict[int, _Handler] = {}
         self._waiting: list[_Received] = []
 
     def hold(self, holder: object) -> None:
         """Replace all handlers; other threads than the main one have none to replace."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         self._holders.add(holder)
-        if threading.current_thread() is threading.main_thread():
-            for number in _NUMBERS:
-                handler = _getsignal(number)
-                # Others are a number, or None where the handler is in C.
-                if callable(handler) and handler != self._receive:
-                    self._handlers[number] = handler
-                    signal.signal(number, self._receive)
+        for number in _NUMBERS:
+            handler = _getsignal(number)
+            # Others are a number, or None where the handler is in C.
+            if callable(handler) and not isinstance(handler, _Deferred):
+                signal.signal(number, _Deferred(handler, self._receive))
 
     def release(self, holder: object) -> None:
         """Put the handlers back when nobody holds, but for those that were replaced since."""
         self._holders.discard(holder)
-        if self._holders or threading.current_thread() is not threading.main_thread():
-            return
-        # Ctrl-C last, for handlers that are back already may raise meanwhile.
-        self._put_back(sorted(self._handlers, key=lambda number: number == signal.SIGINT))
+        if not self._holders and threading.current_thread() is threading.main_thread():
+            # Ctrl-C last, for handlers that are back already may raise meanwhile.
+            _put_back(_NUMBERS[::-1])
 
     def call_waiting(self) -> None:
         """Call the handlers of all signals that have waited, also if one of them raises."""
         waiting, self._waiting = self._waiting, []
         _call_all(waiting)
 
-    def _put_back(self, left: list[int]) -> None:
-        try:
-            while left:
-                if _getsignal(left[0]) == self._receive:
-                    signal.signal(left[0], self._handlers[left[0]])
-                del left[0]
-        except BaseException:
-            self._put_back(left)
-            raise
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        received = self._handlers[number], number, frame
+    def _receive(self, received: _Received) -> None:
+        _, _, frame = received
         while frame is not None:
             if self._must_wait(frame):
                 self._waiting.append(received)
                 return
             frame = frame.f_back
         _call_all([received])
+
+
+class _Deferred:
+    """What stands in the place of one handler, wherever a program puts it meanwhile."""
+
+    def __init__(self, handler: _Handler, receive: Callable[[_Received], None]) -> None:
+        self.handler = handler
+        self._receive = receive
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._receive((self.handler, number, frame))
+
+
+def _put_back(left: list[int]) -> None:
+    try:
+        while left:
+            handler = _getsignal(left[0])
+            if isinstance(handler, _Deferred):
+                signal.signal(left[0], handler.handler)
+            del left[0]
+    except BaseException:
+        _put_back(left)
+        raise
 
 
 def _call_all(waiting: Sequence[_Received]) -> None:
