@@ -231,7 +231,7 @@ class AveragingOptimizer(Averaged, Optimizer):
     def update_averages(self, name: str | None = None) -> None:
         """Average the present weights now, whether or not a rule is due.
 
-        A rule that writes back does so here too.
+        A rule that writes back does so here too, and `SwitchEMA(every=None)` does nothing else.
 
         Args:
             name: which average; all if left out.
@@ -242,7 +242,7 @@ class AveragingOptimizer(Averaged, Optimizer):
         """
         with self._averages.writing("update_averages"):
             averages = self._averages.values() if name is None else [self._averages.named(name)]
-            self._averages.update({average: average.share() for average in averages})
+            self._averages.update_when_asked(averages)
             self._averages.note_update()
 
     def n_averaged(self, name: str | None = None) -> int:

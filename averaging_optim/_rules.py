@@ -75,6 +75,11 @@ class Rule(ABC):
         return False
 
     @property
+    def switches_when_asked(self) -> bool:
+        """Whether `update_averages` only lets the weights take the values of the average."""
+        return False
+
+    @property
     def snapshots(self) -> int:
         """How many past weights to keep, to average over these and the present ones alone.
 
@@ -253,6 +258,41 @@ class T_ADEMA(Rule):
 
     def weight(self, n_averaged: int) -> float:
         return 1.0 - self.alpha * math.tanh(n_averaged / self.timescale)
+
+
+@dataclass(frozen=True)
+class ExponentialRamp(Rule):
+    """Exponential moving average whose decay rises exponentially.
+
+    wₙ = 1 − decay · (1 − e^(−n / tau))
+
+    Args:
+        decay: the decay reached in the end, in [0, 1].
+        tau: updates after which the decay is (1 − 1/e) · decay ≈ 0.63 · decay, in (0, ∞).
+        start, every: see `Rule`.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is outside its interval.
+
+    Source: `ModelEMA` of YOLOv5 and Ultralytics. It begins at the initial weights, as this rule
+    does after `update_averages()` before the first step.
+
+    Example:
+        >>> [round(ExponentialRamp(0.9999, tau=2000).weight(n), 3) for n in (0, 2000, 10_000)]
+        [1.0, 0.368, 0.007]
+    """
+
+    decay: float = 0.9999
+    tau: float = 2000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_real("decay", self.decay, "[0, 1]")
+        check_real("tau", self.tau, "(0, ∞)")
+
+    def weight(self, n_averaged: int) -> float:
+        return 1.0 + self.decay * math.expm1(-n_averaged / self.tau)
 
 
 @dataclass(frozen=True)
@@ -475,7 +515,9 @@ class SwitchEMA(Rule):
 
     Args:
         decay: the share of the old average, in [0, 1].
-        every: steps from one switch to the next, at least 1; an epoch, as published.
+        every: steps from one switch to the next, at least 1; an epoch, as published. None
+            switches when you call `update_averages`, at the end of an epoch whose length you
+            don't know beforehand.
         start: see `Rule`.
 
     Raises:
@@ -492,12 +534,11 @@ class SwitchEMA(Rule):
     """
 
     decay: float = 0.999
-    every: int = field(kw_only=True)
+    every: int | None = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_real("decay", self.decay, "[0, 1]")
-        check_integer("every", self.every, at_least=1)
 
     def weight(self, n_averaged: int) -> float:
         return 1.0 - self.decay if n_averaged > 0 else 1.0
@@ -507,7 +548,11 @@ class SwitchEMA(Rule):
 
     def writes_back(self, n_averaged: int) -> bool:
         # The first update is the copy at `start`, from which steps are counted.
-        return n_averaged > 1 and (n_averaged - 1) % self.every == 0
+        return self.every is not None and n_averaged > 1 and (n_averaged - 1) % self.every == 0
+
+    @property
+    def switches_when_asked(self) -> bool:
+        return self.every is None
 
 
 @dataclass(frozen=True)

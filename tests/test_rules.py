@@ -17,6 +17,7 @@ from averaging_optim import (
     LAWA,
     SWA,
     T_ADEMA,
+    ExponentialRamp,
     Formula,
     HalfLifeFraction,
     Lookahead,
@@ -117,6 +118,13 @@ def test_weights_count_half_as_much_after_a_half_life_of_steps(steps: float, eve
 def test_a_scaled_ema_takes_a_batch_for_so_many(decay: float, factor: float) -> None:
     rule = EMA(decay, debias=True, every=3).scaled(factor)
     assert rule == EMA(decay**factor, debias=True, every=3)
+
+
+@given(decay=UNIT, tau=st.floats(1, 1e5), n=COUNTS)
+def test_the_exponential_ramp_is_that_of_yolo(decay: float, tau: float, n: int) -> None:
+    """ModelEMA counts updates from 1, beginning at the initial weights."""
+    yolo = decay * (1 - math.exp(-n / tau))
+    assert ExponentialRamp(decay, tau).weight(n) == pytest.approx(1 - yolo, abs=1e-15)
 
 
 def test_a_power_ramp_of_power_1_is_swa() -> None:
@@ -222,6 +230,8 @@ def test_rules_are_frozen() -> None:
         (SwitchEMA, {"every": 0}, r"`every` must be at least 1, got 0\."),
         (EMA.from_half_life, {"steps": 0}, r"`steps` must be in \(0, ∞\), got 0\."),
         (EMA().scaled, {"batch_factor": -1}, r"`batch_factor` must be in \(0, ∞\), got -1\."),
+        (ExponentialRamp, {"decay": 1.5}, r"`decay` must be in \[0, 1\], got 1\.5\."),
+        (ExponentialRamp, {"tau": 0}, r"`tau` must be in \(0, ∞\), got 0\."),
         (PolynomialAverage, {"eta": -1}, r"`eta` must be in \[0, ∞\), got -1\."),
         (PolynomialAverage, {"eta": math.inf}, r"`eta` must be in \[0, ∞\), got inf\."),
         (PowerEMA, {"gamma": -0.5}, r"`gamma` must be in \[0, ∞\), got -0\.5\."),
@@ -252,7 +262,8 @@ def test_values_outside_an_interval_are_refused(
         (EMA, {"warmup": 10}, r"`warmup` must be a Rule or None, got 10\."),
         (EMA.from_half_life, {"steps": 9, "every": None}, r"`every` must be an integer, got None"),
         (Formula, {"function": 0.5}, r"`function` must be callable, got 0\.5\."),
-        (SwitchEMA, {"every": None}, r"`every` must be an integer, got None\."),
+        (SwitchEMA, {"every": 0.5}, r"`every` must be an integer, got 0\.5\."),
+        (ExponentialRamp, {"tau": "x"}, r"`tau` must be a number in \(0, ∞\), got 'x'\."),
         (SwitchEMA, {}, r"missing 1 required keyword-only argument: 'every'"),
         (LAWA, {"k": 2.5}, r"`k` must be an integer, got 2\.5\."),
         (SWA, {"start": 1.5}, r"`start` must be an integer, got 1\.5\."),

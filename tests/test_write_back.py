@@ -263,3 +263,45 @@ def test_a_gradient_after_the_write_back_is_that_at_the_average() -> None:
         loss_of_batch(each, 1).backward()
     gradients = [[weight.grad for weight in each.parameters()] for each in (model, reference)]
     assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("inner", OPTIMIZERS)
+def test_a_switch_when_asked_is_that_after_so_many_steps(inner: str) -> None:
+    model = small_model()
+    rules: dict[str, Rule] = {"switch": SwitchEMA(0.9, every=None), "mean": SWA()}
+    optimizer = AveragingOptimizer(OPTIMIZERS[inner](model.parameters()), rules)
+    for t, (ema, weights) in enumerate(switch_ema(inner, 0.9, 4), 1):
+        train(model, optimizer, 1, first=t - 1)
+        if t % 4 == 0:
+            optimizer.update_averages("switch")
+        assert same(averages(optimizer, "switch"), ema)
+        assert same(model.parameters(), weights)
+    assert optimizer.n_averaged("switch") == STEPS + 1
+
+
+def test_asked_before_the_first_step_a_switch_has_its_average_begin_there() -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, SwitchEMA(0.9, every=None))
+    initial = values(model.parameters())
+    optimizer.update_averages()
+    assert same(averages(optimizer, "switchema"), initial)
+    assert optimizer.n_averaged() == 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64], ids=["alike", "double"])
+def test_a_reference_model_is_the_initial_weights_and_its_updates_touch_no_memory(
+    dtype: torch.dtype | None,
+) -> None:
+    """What reinforcement learning keeps of a language model, beside other averages."""
+    model = small_model()
+    rules: dict[str, Rule] = {"reference": EMA(decay=1), "ema": EMA(0.9)}
+    optimizer = averaging_sgd(model, rules, dtype=dtype)
+    initial = values(model.parameters())
+    optimizer.update_averages()
+    kept = [optimizer.state[weight]["averaged_reference"] for weight in model.parameters()]
+    versions = [tensor._version for tensor in kept]
+    train(model, optimizer, 5)
+    assert [tensor._version for tensor in kept] == versions
+    with optimizer.swap_to_averaged("reference"):
+        assert same(model.parameters(), initial)
+    assert optimizer.n_averaged("reference") == optimizer.n_averaged("ema") == 6

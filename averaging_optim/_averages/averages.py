@@ -149,16 +149,30 @@ class Averages(Mapping[str, Average]):
             if average.teachers:
                 average.teach()
 
+    def update_when_asked(self, averages: Iterable[Average]) -> None:
+        """Update these averages, or let the weights switch to those that only wait for that."""
+        switching = [
+            each for each in averages if each.rule.switches_when_asked and each.n_averaged.value > 0
+        ]
+        # First, for the others to average what training goes on with.
+        for average in switching:
+            self.make()
+            average.tensors.copy_to(self.sources.moving)
+        self.update({each: each.share() for each in averages if each not in switching})
+
     def _move(self, sources: Sequence[Tensor], shares: Mapping[Average, float]) -> None:
         for average in shares:
             if average.snapshots:
                 average.rebuild_from_snapshots(sources)
-        names = tuple([average.name for average in shares])
-        grouped = self._grouped.get(names)
-        if grouped is None:
-            grouped = self._grouped[names] = GroupedTensors()
-        groups = grouped.groups(sources, [average.tensors for average in shares])
-        move_toward(groups, list(shares.values()))
+        # A share of 0 changes nothing, not even an average whose weights are infinite.
+        moving = [average for average in shares if shares[average] > 0]
+        if moving:
+            names = tuple([average.name for average in moving])
+            grouped = self._grouped.get(names)
+            if grouped is None:
+                grouped = self._grouped[names] = GroupedTensors()
+            groups = grouped.groups(sources, [average.tensors for average in moving])
+            move_toward(groups, [shares[average] for average in moving])
         for average in shares:
             average.count_update(sources)
 

@@ -129,6 +129,7 @@ def move_toward(groups: Iterable[list[list[Tensor]]], shares: Sequence[float]) -
 
     Args:
         groups: see `TensorGroups`, with as many lists of averages as there are shares.
+        shares: in (0, 1], as 0 · (∞ − average) is NaN.
     """
     for weights, *averages in groups:
         is_copied = not (weights[0].is_floating_point() or weights[0].is_complex())
@@ -144,7 +145,7 @@ def move_toward(groups: Iterable[list[list[Tensor]]], shares: Sequence[float]) -
             for part, share in zip(parts, shares, strict=True):
                 if is_copied or share == 1:
                     torch._foreach_copy_(part, present)
-                elif share > 0:  # as 0 · (∞ − average) is NaN
+                else:
                     torch._foreach_lerp_(part, present, share)
 
 

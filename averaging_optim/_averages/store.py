@@ -105,7 +105,8 @@ class TensorStore:
         """average ← average + share · (other − average), for these sources."""
         others = [other.tensors[source] for source in sources]
         kept = [self.tensors[source] for source in sources]
-        move_toward(group_by_dtype_and_device(others, kept), [share])
+        if share > 0:
+            move_toward(group_by_dtype_and_device(others, kept), [share])
 
     @contextmanager
     def in_place_of(
