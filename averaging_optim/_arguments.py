@@ -147,6 +147,18 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def rounds_at_random(rounding: str, dtype: torch.dtype | None) -> bool:
+    """Return whether averages are rounded stochastically."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {rounding!r}.")
+    if rounding == "stochastic" and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            "`rounding` must be 'nearest' but for averages of 16 bits, got 'stochastic' with "
+            f"`dtype` {dtype}. Give `dtype=torch.bfloat16` too."
+        )
+    return rounding == "stochastic"
+
+
 def checked_device(device: torch.device | str | int | None) -> torch.device | None:
     """Return the device with its index, as tensors name theirs: "cuda" is cuda:0."""
     if device is None:

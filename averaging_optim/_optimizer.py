@@ -22,6 +22,7 @@ from averaging_optim._arguments import (
     checked_dtype,
     checked_exclude,
     checked_rules,
+    rounds_at_random,
 )
 from averaging_optim._averaged import Averaged
 from averaging_optim._averages.average import Average
@@ -95,6 +96,10 @@ class AveragingOptimizer(Averaged, Optimizer):
             but float32 for 16 bits or fewer, in which an average stands still.
             Complex tensors use the complex dtype of that precision.
         device: where averages are kept. By default beside each tensor.
+        rounding: "stochastic" rounds averages of 16 bits (`dtype`) up or down at random, so
+            that they move in the mean as exact ones do, where "nearest" lets them stand
+            still. What the dtype can hold stays as it is. Random numbers are the same on all
+            ranks, and when a run is resumed.
         skip_nonfinite: leave out an update that could bring a NaN or an infinity into an
             average: when a weight or buffer is not finite, or above a quarter of the
             largest number of the average's dtype. No average of the model is updated
@@ -133,6 +138,7 @@ class AveragingOptimizer(Averaged, Optimizer):
         exclude: Iterable[Tensor] | Callable[[Tensor], bool] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
+        rounding: str = "nearest",
         skip_nonfinite: bool = False,
     ) -> None:
         if isinstance(optimizer, AveragingOptimizer):
@@ -144,9 +150,10 @@ class AveragingOptimizer(Averaged, Optimizer):
         found_buffers = checked_buffers(buffers, use_buffers, optimizer)
         is_excluded = checked_exclude(exclude, optimizer)
         dtype, device = checked_dtype(dtype), checked_device(device)
+        at_random = rounds_at_random(rounding, dtype)
         check_bool("skip_nonfinite", skip_nonfinite)
         averages = Averages(
-            rules, optimizer, found_buffers, is_excluded, dtype, device, skip_nonfinite
+            rules, optimizer, found_buffers, is_excluded, dtype, device, at_random, skip_nonfinite
         )
         if former:
             former.swap.is_superseded = True

@@ -143,7 +143,7 @@ class Ledger:
         """Return whether the next update of this average leaves the weights alone."""
         rule, n = self.rules[name], self.counts[name]
         if isinstance(rule, SwitchEMA):
-            return n == 0 or n % rule.every != 0
+            return n == 0 or rule.every is None or n % rule.every != 0
         return n == 0 or not isinstance(rule, Lookahead)
 
     def copy_of(self, tensor: Tensor) -> Kept:

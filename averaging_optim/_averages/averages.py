@@ -16,6 +16,7 @@ from averaging_optim._averages.average import Average, Counter
 from averaging_optim._averages.entries import AVERAGE, Entries
 from averaging_optim._averages.moving import move_toward
 from averaging_optim._averages.past import TrainedPast, trains
+from averaging_optim._averages.rounding import move_toward_at_random, seed_of
 from averaging_optim._averages.sources import Buffers, Sources
 from averaging_optim._averages.state import State
 from averaging_optim._averages.store import GroupedTensors
@@ -48,6 +49,7 @@ class Averages(Mapping[str, Average]):
         is_excluded: Callable[[Tensor], bool],
         dtype: torch.dtype | None,
         device: torch.device | None,
+        rounds_at_random: bool,
         skip_nonfinite: bool,
     ) -> None:
         self._by_name = {
@@ -64,6 +66,7 @@ class Averages(Mapping[str, Average]):
         self.buffers = buffers
         self.sources = Sources(optimizer, buffers, is_excluded, self.stores.values())
         self._optimizer = optimizer
+        self._rounds_at_random = rounds_at_random
         self._skip_nonfinite = skip_nonfinite
         self.swap = SwapState()
         self._entries = Entries(self.stores, buffers, self.swap)
@@ -172,7 +175,12 @@ class Averages(Mapping[str, Average]):
             if grouped is None:
                 grouped = self._grouped[names] = GroupedTensors()
             groups = grouped.groups(sources, [average.tensors for average in moving])
-            move_toward(groups, [shares[average] for average in moving])
+            factors = [shares[average] for average in moving]
+            if self._rounds_at_random:
+                seeds = [seed_of(each.name, each.n_averaged.value) for each in moving]
+                move_toward_at_random(groups, factors, seeds)
+            else:
+                move_toward(groups, factors)
         for average in shares:
             average.count_update(sources)
 

@@ -169,6 +169,19 @@ def stay_finite(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> bool:
     return all(verdicts)
 
 
+def cut_alike(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]:
+    """Cut tensors of one shape alike along their outermost dimension, until each piece fits."""
+    first = tensors[0]
+    if first.numel() <= limit:
+        yield tensors
+        return
+    # Outermost first: pieces of contiguous tensors stay contiguous.
+    dim = next(i for i, size in enumerate(first.shape) if size > 1)
+    size = max(1, first.shape[dim] * limit // first.numel())
+    for pieces in zip(*(tensor.split(size, dim) for tensor in tensors), strict=True):
+        yield from cut_alike(pieces, limit)
+
+
 @torch.no_grad()
 def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source's values into its target, converting where they differ."""
@@ -255,26 +268,13 @@ def _bundles(lists: Sequence[list[Tensor]], limit: int) -> Iterator[Sequence[lis
     bundle: list[Sequence[Tensor]] = []
     room = limit
     for row in zip(*lists, strict=True):
-        for pieces in _pieces(row, limit):
+        for pieces in cut_alike(row, limit):
             if bundle and pieces[0].numel() > room:
                 yield [list(column) for column in zip(*bundle, strict=True)]
                 bundle, room = [], limit
             bundle.append(pieces)
             room -= pieces[0].numel()
     yield [list(column) for column in zip(*bundle, strict=True)]
-
-
-def _pieces(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]:
-    """Cut tensors of one shape alike along their outermost dimension, until each piece fits."""
-    first = tensors[0]
-    if first.numel() <= limit:
-        yield tensors
-        return
-    # Outermost first: pieces of contiguous tensors stay contiguous.
-    dim = next(i for i, size in enumerate(first.shape) if size > 1)
-    size = max(1, first.shape[dim] * limit // first.numel())
-    for pieces in zip(*(tensor.split(size, dim) for tensor in tensors), strict=True):
-        yield from _pieces(pieces, limit)
 
 
 def _at_least_16_bits(tensor: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ def _blocks(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[_Bl
         largest = max(tensor.numel() for tensor in group)
         scratch = group[0].new_empty(min(limit, largest))
         for pair in zip(group, partners, strict=True):
-            for first, second in _pieces(pair, limit):
+            for first, second in cut_alike(pair, limit):
                 yield first, second, scratch[: first.numel()].view(first.shape)
 
 

@@ -1,0 +1,131 @@
+"""Averages of 16 bits, rounded at random."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD
+from training import frozen, same, small_model, train
+
+from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
+from averaging_optim._averages.rounding import rounded_at_random
+
+LOW = [torch.bfloat16, torch.float16]
+
+
+def averaging(weights: Any, rule: Rule | dict[str, Rule], dtype: torch.dtype) -> AveragingOptimizer:
+    sgd = SGD(weights, lr=0.1, momentum=0.9)
+    return AveragingOptimizer(sgd, rule, dtype=dtype, rounding="stochastic")
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_an_average_with_a_long_memory_moves_as_in_exact_arithmetic(dtype: torch.dtype) -> None:
+    """Rounded to the nearest, it stands still at less than a tenth of the way."""
+    decay, updates = 0.9999, 20_000
+    weight = nn.Parameter(torch.zeros(400))
+    optimizer = averaging([weight], EMA(decay), dtype)
+    optimizer.update_averages()
+    nn.init.ones_(weight)
+    for _ in range(updates):
+        optimizer.update_averages()
+    average: Tensor = optimizer.state[weight]["averaged_ema"]
+    assert average.dtype == dtype
+    exact = 1 - decay**updates
+    # The spread of one number is what rounding at random has left it with; 400 of them are there.
+    spread = average.double().std().item()
+    assert 0 < spread < 0.05
+    assert average.double().mean().item() == pytest.approx(exact, abs=5 * spread / math.sqrt(400))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_a_constant_stays_exactly_itself(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    # + 0, since −0 becomes 0 in any sum.
+    values = (torch.randn(1000) * torch.logspace(-9, 4, 1000)).to(dtype) + 0
+    weight = nn.Parameter(values.float())
+    optimizer = averaging([weight], {"ema": EMA(0.9), "swa": SWA()}, dtype)
+    for _ in range(20):
+        optimizer.update_averages()
+    for name in optimizer.rules:
+        assert same([optimizer.state[weight][f"averaged_{name}"]], [values])
+
+
+NUMBERS = st.floats(-60000, 60000, width=32) | st.floats(-(2.0**-13), 2.0**-13, width=32)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@given(number=NUMBERS)
+def test_a_number_goes_to_one_of_its_neighbours_and_is_their_mean(
+    dtype: torch.dtype, number: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.full((20_000,), number)
+    rounded = rounded_at_random(exact, dtype, generator)
+    nearest = exact[:1].to(dtype)
+    beside = [nearest.nextafter(torch.tensor(sign * math.inf, dtype=dtype)) for sign in (-1, 1)]
+    around = torch.cat([beside[0], nearest, beside[1]]).double()
+    below, above = around[around <= number].max(), around[around >= number].min()
+    assert set(rounded.double().unique().tolist()) <= {below.item(), above.item()}
+    # Five standard errors of a mean of 20,000, of which each is at most half the distance off.
+    error = 5 * (above - below).item() / 2 / math.sqrt(20_000)
+    assert abs(rounded.double().mean().item() - number) <= error
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_what_is_not_finite_stays_so(dtype: torch.dtype, number: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rounded = rounded_at_random(torch.full((100,), number), dtype, generator)
+    assert torch.equal(rounded.isnan(), torch.full((100,), math.isnan(number)))
+    assert math.isnan(number) or bool((rounded == number).all())
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_a_resumed_run_is_the_one_that_never_stopped(dtype: torch.dtype) -> None:
+    rules: dict[str, Rule] = {"ema": EMA(0.99), "swa": SWA(start=2)}
+    model = small_model()
+    optimizer = averaging(model.parameters(), rules, dtype)
+    train(model, optimizer, 5)
+    weights, saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    train(model, optimizer, 5, first=5)
+    resumed = small_model()
+    other = averaging(resumed.parameters(), rules, dtype)
+    torch.manual_seed(7)  # has no part in it
+    resumed.load_state_dict(weights)
+    other.load_state_dict(saved)
+    train(resumed, other, 5, first=5)
+    assert frozen(other.state_dict()) == frozen(optimizer.state_dict())
+
+
+def test_training_takes_its_random_numbers_as_without() -> None:
+    def state_after(rounding: str) -> Tensor:
+        model = small_model()
+        sgd = SGD(model.parameters(), lr=0.1)
+        optimizer = AveragingOptimizer(sgd, EMA(0.9), dtype=torch.bfloat16, rounding=rounding)
+        train(model, optimizer, 3)
+        return torch.get_rng_state()
+
+    assert torch.equal(state_after("stochastic"), state_after("nearest"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounding": "up"}, r"`rounding` must be 'nearest' or 'stochastic', got 'up'\."),
+        ({"rounding": "stochastic"}, r"averages of 16 bits, got 'stochastic' with `dtype` None"),
+        ({"rounding": "stochastic", "dtype": torch.float32}, r"`dtype` torch\.float32\. Give"),
+    ],
+)
+def test_rounding_at_random_is_for_averages_of_16_bits(
+    options: dict[str, Any], message: str
+) -> None:
+    sgd = SGD(small_model().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        AveragingOptimizer(sgd, EMA(), **options)
