@@ -12,13 +12,18 @@ class AtInstruction:
     """Do something once as many instructions have run as said.
 
     left: how many more would have to run.
+
+    Args:
+        number: 0 to count them alone.
+        file: of which alone to count instructions.
     """
 
-    def __init__(self, number: int, act: Callable[[], object]) -> None:
+    def __init__(self, number: int, act: Callable[[], object], file: str = "") -> None:
         self.left, self.act = number, act
+        self.place = f"averaging_optim/_averages/{file}"
 
     def trace(self, frame: FrameType, event: str, arg: object) -> Any:
-        if "averaging_optim/_averages" not in frame.f_code.co_filename:
+        if self.place not in frame.f_code.co_filename:
             return None
         frame.f_trace_opcodes = True
         if event in ("call", "opcode"):

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import io
+import signal
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from instructions import AtInstruction
 from ledger import Ledger
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
@@ -74,6 +78,9 @@ OPTIMIZERS: dict[str, Callable[[list[Group]], Optimizer]] = {
 }
 SEEDS = st.integers(0, 2**31)
 CHOICES = st.integers(0, 3)
+# Whether something is done in another thread, which has ended when it is.
+ELSEWHERE = st.booleans()
+SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 class Life(RuleBasedStateMachine):
@@ -106,12 +113,16 @@ class Life(RuleBasedStateMachine):
         self.optimizer, self.bare = self.wrapped(), self.inner(copied(self.twin_groups))
         self.saved: tuple[dict[str, Any], dict[str, Any], Ledger] | None = None
         self.teachers: list[tuple[str, nn.Module]] = []
+        self.handlers = [signal.getsignal(number) for number in SIGNALS]
         self.is_outside()
 
     def is_outside(self) -> None:
-        self.swap, self.swapped_to = ExitStack(), ""
+        # The swaps that this thread is in, and those of another one.
+        self.swaps: dict[bool, list[ExitStack]] = {False: [], True: []}
+        self.swapped_to = ""
         self.is_in_place = self.is_written = False
         self.outside: dict[str, Any] = {}
+        self.handed_out: list[Any] = []
 
     def new_group(self, drawn: Group) -> None:
         """Note a group of new weights, and of the same ones for the bare optimizer."""
@@ -132,18 +143,20 @@ class Life(RuleBasedStateMachine):
             skip_nonfinite=self.ledger.skips_nonfinite,
         )
 
-    @rule(seed=SEEDS, without=st.sets(st.integers(0, 7)), times=st.integers(1, 6))
-    def trains(self, seed: int, without: set[int], times: int) -> None:
+    @rule(
+        seed=SEEDS, without=st.sets(st.integers(0, 7)), times=st.integers(1, 6), elsewhere=ELSEWHERE
+    )
+    def trains(self, seed: int, without: set[int], times: int, elsewhere: bool) -> None:
         for time in range(times):
-            self.steps(seed + time, without)
+            self.steps(seed + time, without, elsewhere)
 
-    def steps(self, seed: int, without: set[int]) -> None:
+    def steps(self, seed: int, without: set[int], elsewhere: bool) -> None:
         if not self.swapped_to:
             self.sees_a_batch(seed)
             give_gradients(self.model.weights, seed, without)
             give_gradients(self.twins, seed, without)
         present = self.present()
-        if self.is_allowed("step", self.optimizer.step):
+        if self.is_allowed("step", lambda: in_thread(elsewhere, self.optimizer.step)):
             can_move = any(group["lr"] for group in self.bare.param_groups) or any(
                 twin.grad is not None and twin.grad.any() for twin in self.twins
             )
@@ -159,31 +172,89 @@ class Life(RuleBasedStateMachine):
             names = self.ledger.rules if name is None else [name]
             self.ledger.update(names, present, self.writing_to(present))
 
-    @rule(choice=CHOICES, in_place=st.booleans())
-    def enters_a_swap(self, choice: int, in_place: bool) -> None:
-        name = self.name(choice)
-        if name == self.swapped_to or not self.swapped_to:
-            self.outside = self.outside or self.everything()
-            self.is_in_place = self.is_in_place if self.swapped_to else in_place
-            self.swap.enter_context(self.optimizer.swap_to_averaged(name, in_place=in_place))
-            self.swapped_to = name
-        else:
-            self.is_allowed(
-                f"swap_to_averaged('{name}')",
-                lambda: self.optimizer.swap_to_averaged(name).__enter__(),
-            )
+    @rule(choice=CHOICES, in_place=st.booleans(), elsewhere=ELSEWHERE)
+    def enters_a_swap(self, choice: int, in_place: bool, elsewhere: bool) -> None:
+        name, swap = self.name(choice), ExitStack()
+
+        def enter() -> None:
+            swap.enter_context(self.optimizer.swap_to_averaged(name, in_place=in_place))
+
+        if self.swapped_to not in ("", name):
+            self.is_allowed(f"swap_to_averaged('{name}')", lambda: in_thread(elsewhere, enter))
+            return
+        if not self.swapped_to:
+            self.outside, self.handed_out = self.everything(), self.hands_out()
+            self.was_handed_out = frozen(self.handed_out)
+            self.swapped_to, self.is_in_place = name, in_place
+        in_thread(elsewhere, enter)
+        self.swaps[elsewhere].append(swap)
 
     @precondition(lambda self: self.swapped_to)
-    @rule(by_exception=st.booleans())
-    def leaves_the_swap(self, by_exception: bool) -> None:
+    @rule(by_exception=st.booleans(), elsewhere=ELSEWHERE)
+    def leaves_a_swap(self, by_exception: bool, elsewhere: bool) -> None:
+        elsewhere = elsewhere if self.swaps[elsewhere] else not elsewhere
+        swap = self.swaps[elsewhere].pop()
         if by_exception:
-            with pytest.raises(KeyboardInterrupt), self.swap:
-                raise KeyboardInterrupt
+            with pytest.raises(KeyboardInterrupt):
+                in_thread(elsewhere, lambda: leave_by_exception(swap))
         else:
-            self.swap.close()
-        assert self.everything() == self.outside
-        assert frozen(self.seen_inside) == self.outside["optimizer"]
-        self.is_outside()
+            in_thread(elsewhere, swap.close)
+        if not any(self.swaps.values()):
+            assert self.everything() == self.outside
+            assert frozen(self.seen_inside) == self.outside["optimizer"]
+            assert frozen(self.handed_out) == self.was_handed_out
+            self.is_outside()
+
+    def hands_out(self) -> list[Any]:
+        """Return tensors out of all that gives averages away."""
+        state = self.optimizer.state
+        entries = [dict(state[weight]) for weight in self.model.weights if weight in state]
+        teachers = [teacher.state_dict() for _, teacher in self.teachers]
+        return [self.optimizer.state_dict(), entries, teachers]
+
+    @precondition(lambda self: any(self.ledger.counts.values()))
+    @rule(
+        choice=CHOICES,
+        in_place=st.booleans(),
+        number=st.sampled_from(SIGNALS),
+        file=st.sampled_from(["caches.py", "moving.py", "signals.py", "store.py", "swap.py"]),
+        instructions=st.sets(SEEDS, min_size=1, max_size=5),
+    )
+    def is_interrupted(
+        self,
+        choice: int,
+        in_place: bool,
+        number: signal.Signals,
+        file: str,
+        instructions: set[int],
+    ) -> None:
+        """While it enters or leaves a swap, at any instruction."""
+        begun = [name for name, count in sorted(self.ledger.counts.items()) if count]
+        name = self.swapped_to or begun[choice % len(begun)]
+        before, saved = self.everything(), list[Any]()
+
+        def save_and_stop(*_: object) -> None:
+            saved.append(frozen(self.optimizer.state_dict()))
+            raise SystemExit
+
+        def swap(instruction: int) -> AtInstruction:
+            at = AtInstruction(instruction, lambda: signal.raise_signal(number), file)
+            with suppress(SystemExit), at:
+                with self.optimizer.swap_to_averaged(name, in_place=in_place):
+                    pass
+                assert at.left > 0 or instruction == 0
+            return at
+
+        former = signal.signal(number, save_and_stop)
+        try:
+            count = -swap(0).left
+            for instruction in instructions if count else ():
+                fault = swap(instruction % count + 1)
+                assert saved == [before["optimizer"]] * (fault.left <= 0)
+                assert self.everything() == before
+                saved.clear()
+        finally:
+            signal.signal(number, former)
 
     @precondition(
         lambda self: (
@@ -203,9 +274,10 @@ class Life(RuleBasedStateMachine):
         if self.ledger.counts[self.swapped_to]:
             self.sees_a_batch(seed)
 
-    @rule()
-    def saves(self) -> None:
-        state_dict = through_a_file(self.optimizer.state_dict())
+    @rule(elsewhere=ELSEWHERE)
+    def saves(self, elsewhere: bool) -> None:
+        state_dict = through_a_file(in_thread(elsewhere, self.optimizer.state_dict))
+        assert not self.swapped_to or frozen(state_dict) == self.outside["optimizer"]
         bare = copy.deepcopy(self.bare.state_dict())
         self.saved = state_dict, bare, copy.deepcopy(self.ledger)
 
@@ -327,8 +399,8 @@ class Life(RuleBasedStateMachine):
         self.ledger.make(self.averaged())
 
     def teardown(self) -> None:
-        if hasattr(self, "swap"):
-            self.swap.close()
+        for swap in [*self.swaps[False], *self.swaps[True]] if hasattr(self, "swaps") else []:
+            swap.close()
 
     @invariant()
     def weights_and_state_are_those_of_the_bare_optimizer(self) -> None:
@@ -363,6 +435,7 @@ class Life(RuleBasedStateMachine):
         if self.swapped_to:
             self.seen_inside = self.optimizer.state_dict()
             assert frozen(self.seen_inside) == self.outside["optimizer"]
+            assert self.is_in_place or frozen(self.handed_out) == self.was_handed_out
             if self.ledger.counts[self.swapped_to] and not self.is_written:
                 kept, held = self.kept(self.swapped_to), dict(self.model.named_parameters())
                 for key in kept.keys() & held.keys():
@@ -374,6 +447,11 @@ class Life(RuleBasedStateMachine):
                         atol=0,
                         equal_nan=True,
                     )
+
+    @invariant()
+    def signals_are_handled_as_before_outside_of_swaps_of_this_thread(self) -> None:
+        if not self.swaps[False]:
+            assert [signal.getsignal(number) for number in SIGNALS] == self.handlers
 
     def name(self, choice: int) -> str:
         return sorted(self.ledger.rules)[choice % len(self.ledger.rules)]
@@ -437,6 +515,29 @@ class Life(RuleBasedStateMachine):
         with pytest.raises(ValueError, match=message):
             act()
         assert self.everything() == before
+
+
+def in_thread(elsewhere: bool, act: Callable[[], Any]) -> Any:
+    """Return what this returns or raises in this thread, or in another one."""
+    if not elsewhere:
+        return act()
+    outcome = Future[Any]()
+
+    def run() -> None:
+        try:
+            outcome.set_result(act())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(60)  # which a lock that is never released would let wait for ever
+    return outcome.result(0)
+
+
+def leave_by_exception(swap: ExitStack) -> None:
+    with swap:
+        raise KeyboardInterrupt
 
 
 def copied(groups: Iterable[Group]) -> list[Group]:
