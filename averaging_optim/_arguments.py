@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from averaging_optim._averages.average import store_keys
@@ -88,10 +89,11 @@ def checked_buffers(
         rule = "a model or an iterable of tensors"
         found = Buffers(_checked_tensors("buffers", buffers, rule), use_buffers)
     trained = {weight for group in optimizer.param_groups for weight in group["params"]}
-    for buffer in found.by_key.values():
-        _check_memory("buffers", buffer)
+    for key, buffer in found.by_key.items():
+        which = "one" if found.module is None else repr(key)
+        _check_memory("buffers", buffer, which)
         if buffer in trained:
-            raise ValueError("`buffers` must hold no parameter that is trained, got one.")
+            raise ValueError(f"`buffers` must hold no parameter that is trained, got {which}.")
     return found
 
 
@@ -119,18 +121,20 @@ def _checked_tensors(argument: str, tensors: object, rule: str) -> tuple[Tensor,
     return unique
 
 
-def _check_memory(argument: str, tensor: Tensor) -> None:
+def _check_memory(argument: str, tensor: Tensor, which: str = "one") -> None:
     """Raise unless each number of the tensor lies in memory of its own."""
-    kind: object = None
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else tensor.layout
-    elif not has_memory_of_its_own(tensor):
+    # What has no memory yet gets its own.
+    if is_lazy(tensor) or has_memory_of_its_own(tensor):
+        return
+    kind: object = tensor.layout
+    if tensor.is_quantized:
+        kind = "quantized"
+    elif tensor.layout == torch.strided:
         kind = "expanded" if 0 in tensor.stride() else "overlapping itself"
-    if kind:
-        raise ValueError(
-            f"`{argument}` must hold tensors of which each number has memory of its own, got one "
-            f"that is {kind}, of shape {tuple(tensor.shape)}. Clone it, or leave it out."
-        )
+    raise ValueError(
+        f"`{argument}` must hold tensors of which each number has memory of its own, got {which} "
+        f"that is {kind}, of shape {tuple(tensor.shape)}. Clone it, or leave it out."
+    )
 
 
 def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:

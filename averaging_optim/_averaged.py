@@ -267,8 +267,10 @@ class Averaged:
             chosen = self._chosen(name)
             check_integer("n_averaged", n_averaged, at_least=1)
             check_bool("strict", strict)
-            sources = [averages.look_up() for averages, _ in chosen]
-            values, incompatible = read_exported(unwrapped(model), state_dict, sources, strict)
+            sources, inside = [averages.look_up() for averages, _ in chosen], unwrapped(model)
+            values, incompatible = read_exported(inside, state_dict, sources, strict)
+            for some in sources:
+                some.tell_of_left_buffers(inside)
             targets = [
                 (store, store.load_targets(each for each in averages.sources.all if each in values))
                 for averages, average in chosen

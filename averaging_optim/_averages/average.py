@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from averaging_optim._averages.moving import numeric_kind
 from averaging_optim._averages.store import TensorStore
 from averaging_optim._averages.teachers import Teacher, warn_of_parting
 from averaging_optim._checks import check_real
@@ -87,7 +88,7 @@ class Average:
         return float(share)
 
     def fit(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """Start at the present values what is missing, or of another shape; return the latter."""
+        """Start at the present values what is missing or doesn't fit; return the latter."""
         misfits = [source for source in sources if not self._fits(source)]
         for store in self.stores.values():
             store.drop(misfits)
@@ -126,7 +127,11 @@ class Average:
 
     def _fits(self, source: Tensor) -> bool:
         kept = (store.tensors.get(source) for store in self.stores.values())
-        return all(tensor is None or tensor.shape == source.shape for tensor in kept)
+        return all(
+            each is None
+            or (each.shape == source.shape and numeric_kind(each) == numeric_kind(source))
+            for each in kept
+        )
 
 
 def store_keys(name: str, rule: Rule) -> list[str]:

@@ -295,7 +295,6 @@ class Averages(Mapping[str, Average]):
         if self._skip_nonfinite:
             begun = self.each[0].tensors.tensors
             self._unchecked |= {source for source in sources if source not in begun}
-        copied = frozenset(self.buffers.copied)
         misfits: dict[str, list[Tensor]] = {}
         for average in averages:
             if average.tensors.changes == 0 and sources and average.n_averaged.value > 0:
@@ -304,8 +303,8 @@ class Averages(Mapping[str, Average]):
                     f"The parameter groups count updates of {average.name!r}, which isn't here: "
                     "it starts afresh at the present weights."
                 )
-            # Buffers that are copied along may have any shape, as caches have.
-            if misfit := [each for each in average.fit(sources) if each not in copied]:
+            # Buffers may have another shape each time, as caches have.
+            if misfit := [each for each in average.fit(sources) if each not in self.buffers]:
                 misfits[average.name] = misfit
         if misfits:
             names = ", ".join(map(repr, misfits))

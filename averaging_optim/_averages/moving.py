@@ -24,8 +24,8 @@ _PIECES = {"cpu": 2**20}
 # One for each dtype and device: weights, followed by lists of their averages.
 TensorGroups = list[list[list[Tensor]]]
 
-# Tensors → those that are in their places in the model now.
-Present = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+# Tensors → those that are in the places of each in the model now.
+Present = Callable[[Sequence[Tensor]], Sequence[Sequence[Tensor]]]
 
 _Block = tuple[Tensor, Tensor, Tensor]
 
@@ -85,7 +85,9 @@ def overlapping(tensors: Sequence[Tensor]) -> set[Tensor]:
 
 
 def has_memory_of_its_own(tensor: Tensor) -> bool:
-    """Return whether each number of a strided tensor lies in memory of its own."""
+    """Return whether each number of the tensor lies in memory of its own."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return False
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -212,12 +214,13 @@ def restored_if_moved(
     """On leaving, copy what the memory of tensors holds to those that have got another.
 
     Args:
-        present: tensors → those that are in their places now.
+        present: tensors → those that are in the places of each now.
     """
     try:
         yield
     finally:
-        pairs = zip([*tensors, *present(tensors)], [*memory, *memory], strict=True)
+        places = zip(tensors, present(tensors), memory, strict=True)
+        pairs = [(each, was) for tensor, there, was in places for each in (tensor, *there)]
         moved = [(tensor, was) for tensor, was in pairs if not share_memory(tensor, was)]
         copy_into([tensor for tensor, _ in moved], [was for _, was in moved])
 
@@ -232,7 +235,7 @@ def overwritten_until_exit(
     kept until the block is left, so that leaving allocates nothing.
 
     Args:
-        present: targets → those that are in their places now, which are restored too.
+        present: targets → those that are in the places of each now, which are restored too.
     """
     backups = _backups(targets, sources)
     try:
@@ -240,12 +243,13 @@ def overwritten_until_exit(
         yield
     finally:
         replaced = [
-            (there, backup)
+            (each, backup)
             for target, there, backup in zip(targets, present(targets), backups, strict=True)
-            if there is not target
+            for each in there
+            if each is not target
         ]
         _restore(
-            [*targets, *(there for there, _ in replaced)],
+            [*targets, *(each for each, _ in replaced)],
             [*backups, *(backup for _, backup in replaced)],
         )
 
@@ -305,7 +309,8 @@ def _backups(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tenso
 
 def _restore(targets: Sequence[Tensor], backups: Sequence[Tensor]) -> None:
     for target, here, backup in zip(targets, local_parts(targets), backups, strict=True):
-        if here.shape != backup.shape:  # by `target.data = ...`
+        # By `target.data = ...`, or by another tensor in its place, which can't be written into.
+        if here.shape != backup.shape or not has_memory_of_its_own(here):
             target.data = backup.to(target.device, target.dtype)
     copy_into(targets, backups)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.optim import Optimizer
 
-from averaging_optim._averages.moving import Present, has_infinity
+from averaging_optim._averages.moving import Present, has_infinity, numeric_kind
 from averaging_optim._averages.store import TensorStore, are_identical
 from averaging_optim._warnings import warn_user
 
@@ -20,6 +21,7 @@ class Buffers:
     """The buffers that go with the weights: tensors that were given, or what a model has now.
 
     by_key: name in the model, or place among the tensors that were given → buffer.
+    saved: the same without those that the model does not save, such as caches.
     averaged: those that are averaged.
     copied: those of which an average has the values that they had at its last update.
 
@@ -33,46 +35,67 @@ class Buffers:
         self._use_buffers = use_buffers
         self._modules: list[nn.Module] = []
         self._parts: list[Any] | None = None
-        self._is_averaged: dict[Any, bool] = {}
-        self._list({} if isinstance(given, nn.Module) else dict(enumerate(given)), frozenset())
+        self._names: list[tuple[str, Tensor]] = []
+        self._is_averaged: dict[tuple[Any, str], bool] = {}
+        self._list({} if isinstance(given, nn.Module) else dict(enumerate(given)))
         self.look_up()
 
     def __contains__(self, tensor: object) -> bool:
         return tensor in self._tensors
 
-    def look_up(self) -> dict[Tensor, Tensor | None] | None:
+    def look_up(self) -> dict[Tensor, list[Tensor]] | None:
         """Look again at what the model has; return None if that is what it was.
 
-        Otherwise return former buffer → that in its place, None if there is none.
+        Otherwise return former buffer → those under its names now, of each that has lost one.
         """
         if self.module is None or (self._parts is not None and self._are_unchanged()):
             return None
-        before = self.by_key
-        found = {name: each for name, each in self.module.named_buffers() if not is_lazy(each)}
-        self._list(found, normalised_vectors(self.module))
+        before = self._names
+        self._names = [each for each in _named_buffers(self.module) if not is_lazy(each[1])]
+        first_names = {buffer: name for name, buffer in reversed(self._names)}
+        found = {name: each for name, each in self._names if first_names[each] == name}
+        self._list(found, normalised_vectors(self.module), _not_persistent(self.module))
         self._modules = list(self.module.modules())
         # A buffer that is lazy turns into another without being replaced.
         self._parts = None if any(map(is_lazy, self.module.buffers())) else self._present_parts()
-        return {
-            former: found.get(key) for key, former in before.items() if former not in self._tensors
-        }
+        return self._moved(before)
 
-    def _list(self, found: Mapping[Any, Tensor], vectors: Collection[str]) -> None:
+    def _list(
+        self,
+        found: Mapping[Any, Tensor],
+        vectors: Collection[str] = (),
+        not_saved: Collection[str] = (),
+    ) -> None:
         self.by_key = dict(found)
+        self.saved = {key: buffer for key, buffer in found.items() if key not in not_saved}
         self._tensors = frozenset(found.values())
+        kinds = [(key, numeric_kind(buffer)) for key, buffer in found.items()]
         self._is_averaged = {
-            key: self._is_averaged[key]
-            if key in self._is_averaged
-            else key not in vectors and self._can_be_averaged(buffer)
-            for key, buffer in found.items()
+            (key, kind): self._is_averaged[key, kind]
+            if (key, kind) in self._is_averaged
+            else key not in vectors and self._can_be_averaged(found[key])
+            for key, kind in kinds
         }
-        self.averaged = [found[key] for key in found if self._is_averaged[key]]
-        self.copied = [found[key] for key in found if not self._is_averaged[key]]
+        self.averaged = [found[key] for key, kind in kinds if self._is_averaged[key, kind]]
+        self.copied = [found[key] for key, kind in kinds if not self._is_averaged[key, kind]]
+
+    def _moved(self, before: Iterable[tuple[str, Tensor]]) -> dict[Tensor, list[Tensor]]:
+        names, now = defaultdict(list), dict(self._names)
+        for name, buffer in before:
+            names[buffer].append(name)
+        moved = {}
+        for buffer in names:
+            there = [now[name] for name in names[buffer] if name in now]
+            # One that has other names alone keeps its average.
+            is_renamed = not there and buffer in self
+            if not is_renamed and not are_identical(there, [buffer] * len(names[buffer])):
+                moved[buffer] = list(dict.fromkeys(there))
+        return moved
 
     def _can_be_averaged(self, buffer: Tensor) -> bool:
         # The difference of two infinities is NaN.
-        is_number = buffer.is_floating_point() or buffer.is_complex()
-        return self._use_buffers and is_number and not has_infinity(buffer)
+        is_integer = numeric_kind(buffer) == "integer"
+        return self._use_buffers and not is_integer and not has_infinity(buffer)
 
     def _are_unchanged(self) -> bool:
         return are_identical(self._present_parts(), self._parts or [])
@@ -146,17 +169,19 @@ class Sources:
             self._list(weights)
 
     def places(self) -> Present:
-        """Return where tensors are, by the names that they have in the model now.
+        """Return what is where tensors are, by the names that they have in the model now.
 
         Casting or moving a model may replace its tensors (`Module.to`, always of buffers and of
         parameters with torch.__future__.set_overwrite_module_params_on_conversion).
         """
         module = self.buffers.module
-        names = {each: name for name, each in _named_tensors(module)} if module else {}
+        names = defaultdict(list)
+        for name, tensor in _named_tensors(module) if module else ():
+            names[tensor].append(name)
 
-        def present(tensors: Sequence[Tensor]) -> list[Tensor]:
+        def present(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
             now = dict(_named_tensors(module)) if module else {}
-            return [now.get(names.get(each, ""), each) for each in tensors]
+            return [[now[name] for name in names[each] if name in now] for each in tensors]
 
         return present
 
@@ -201,9 +226,10 @@ class Sources:
 
 
 def is_trained(parameter: Tensor) -> bool:
-    """Return whether a parameter isn't frozen."""
+    """Return whether a parameter is neither frozen nor, being lazy, without values yet."""
     # With `differentiable=True` optimizers are given gradients of tensors that require none.
-    return parameter.requires_grad or parameter.grad is not None
+    is_given = parameter.requires_grad or parameter.grad is not None
+    return is_given and not is_lazy(parameter)
 
 
 class Excluded:
@@ -217,8 +243,13 @@ class Excluded:
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from _named_buffers(module)
+
+
+def _named_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # All names of one that is shared: `Module.to` makes it several.
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -247,3 +278,12 @@ def normalised_vectors(module: nn.Module) -> frozenset[str]:
             if isinstance(hook, SpectralNorm):
                 names |= {f"{dot}{hook.name}_u", f"{dot}{hook.name}_v"}
     return frozenset(names)
+
+
+def _not_persistent(module: nn.Module) -> frozenset[str]:
+    """Return the names of buffers that are in no state dict of the module."""
+    return frozenset(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, each in module.named_modules()
+        for name in each._non_persistent_buffers_set
+    )

@@ -60,12 +60,12 @@ class TensorStore:
             self.tensors.pop(source, None)
             self.changes += 1
 
-    def rekey(self, moved: Mapping[Tensor, Tensor | None]) -> None:
-        """Let what is kept of former tensors be of those in their places, or drop it if None."""
+    def rekey(self, moved: Mapping[Tensor, Sequence[Tensor]]) -> None:
+        """Let what is kept of former tensors be of those in their places; drop it if none is."""
         kept = {former: self.tensors.pop(former) for former in moved if former in self.tensors}
         for former, average in kept.items():
-            if (present := moved[former]) is not None:
-                self.tensors[present] = average
+            for i, present in enumerate(moved[former]):
+                self.tensors[present] = average if i == 0 else detached_copy(average)
         self.changes += 1
 
     def put(self, source: Tensor, value: Tensor, stores: Iterable[TensorStore]) -> None:
@@ -120,7 +120,7 @@ class TensorStore:
         """Let weights and buffers have the values of their averages until the block is left.
 
         Args:
-            present: tensors → those that are in their places on leaving.
+            present: tensors → those that are in the places of each on leaving.
             exchanging: let weights and averages change places where they are alike and share
                 no memory, rather than back the weights up.
         """

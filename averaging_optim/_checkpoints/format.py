@@ -14,6 +14,7 @@ from averaging_optim._averages.averages import COUNT, SKIPPED, STEPS
 from averaging_optim._averages.entries import AVERAGE, check_average, without_attributes
 from averaging_optim._averages.sources import Buffers, Sources, is_trained
 from averaging_optim._averages.store import TensorStore
+from averaging_optim._checkpoints.exports import plain_keys
 from averaging_optim._checks import checked_mapping, short_repr
 
 BUFFERS = "averaged_buffers"
@@ -93,9 +94,9 @@ def write_buffers(
     """Return key of a store → averages of buffers: by name, or in the order they were given."""
     written: dict[str, dict[str, Tensor] | list[Tensor]] = {}
     for key, store in stores.items():
-        if buffers.by_key and store.tensors:
-            kept = {name: store.read(buffer) for name, buffer in buffers.by_key.items()}
-            written[key] = kept if buffers.module else list(kept.values())
+        if buffers.saved and store.tensors:
+            kept = {name: store.read(buffer) for name, buffer in buffers.saved.items()}
+            written[key] = plain_keys(buffers.module, kept) if buffers.module else [*kept.values()]
     return written
 
 
@@ -140,8 +141,9 @@ def read_checkpoint(
             for key in keys[name]:
                 entry = f"{BUFFERS}[{key!r}]"
                 averages[key].update(read_buffers(entry, saved.buffers.get(key), sources.buffers))
-        elif sources.buffers.by_key and (kept_buffers or {}).get(name) != counts[name]:
-            missing.append(f"the buffers of {name!r}")
+        elif (kept_buffers or {}).get(name) != counts[name]:
+            if sources.buffers.saved:
+                missing.append(f"the buffers of {name!r}")
             for key in keys[name]:
                 averages[key].update({each: each for each in sources.buffers.by_key.values()})
 
@@ -172,6 +174,9 @@ def read_buffers(entry: str, saved: Any, buffers: Buffers) -> dict[Tensor, Tenso
     if isinstance(saved, list) and len(saved) == len(buffers.by_key):
         # A list of 0.1.0 has the buffers in the order of `model.buffers()`.
         saved = dict(zip(buffers.by_key, saved, strict=True))
+    elif isinstance(saved, Mapping) and buffers.module:
+        names = plain_keys(buffers.module, {name: name for name in buffers.by_key})
+        saved = {names.get(key, key): value for key, value in saved.items()}
     if not isinstance(saved, Mapping):
         raise ValueError(f"`{entry}` must be a list of {len(buffers.by_key)} tensors.")
     for key in saved:
@@ -181,8 +186,10 @@ def read_buffers(entry: str, saved: Any, buffers: Buffers) -> dict[Tensor, Tenso
     averages = {}
     for key, buffer in buffers.by_key.items():
         value = without_attributes(saved.get(key))
-        # What is copied along may have another length each time, as caches have.
-        if buffers.module and buffer in copied and _has_another_length(value, buffer):
+        is_saved = key in buffers.saved
+        # What is copied along, or not saved, may have another length each time, as caches have.
+        may_differ = buffers.module and (buffer in copied or not is_saved)
+        if (value is None and not is_saved) or (may_differ and _has_another_length(value, buffer)):
             value = buffer
         check_average(f"{entry}[{key!r}]", value, buffer)
         averages[buffer] = value
