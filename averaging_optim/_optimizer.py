@@ -378,7 +378,7 @@ class AveragingOptimizer(Averaged, Optimizer):
             load_or_roll_back(self._wrapped, checkpoint.wrapped)
             for key, values in averages.items():
                 stores[key].load(targets[key], values)
-                stores[key].drop(checkpoint.without)
+            self._averages.let_go(checkpoint.without)
             for counter in self._averages.counters():
                 counter.value = checkpoint.counters[counter.key]
             for average in self._averages.values():

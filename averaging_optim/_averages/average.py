@@ -45,6 +45,7 @@ class Average:
 
     stores: key after "averaged_" in a state dict → what is kept under it: the average
         first, under its name, then the snapshots that the rule asks for.
+    has_counted: whether updates were counted here, also if all weights were frozen.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Average:
         self.name = name
         self.rule = rule
         self.n_averaged = n_averaged
+        self.has_counted = False
         self.stores = {key: TensorStore(dtype, device) for key in store_keys(name, rule)}
         self.tensors, *self.snapshots = self.stores.values()
         self.__setstate__({})
@@ -124,6 +126,7 @@ class Average:
         if self.snapshots:
             self.snapshots[n_averaged % len(self.snapshots)].copy_from(sources)
         self.n_averaged.value = n_averaged + 1
+        self.has_counted = True
 
     def _fits(self, source: Tensor) -> bool:
         kept = (store.tensors.get(source) for store in self.stores.values())

@@ -270,6 +270,12 @@ class Averages(Mapping[str, Average]):
         average.n_averaged.value = 0
         average.start_afresh()
 
+    def let_go(self, parameters: Sequence[Tensor]) -> None:
+        """Keep no averages of these, until some are needed, which start at the present values."""
+        for store in self.stores.values():
+            store.drop(parameters)
+        self._ready = ()
+
     def make(self, *, only_begun: bool = False) -> None:
         """Let every source have averages that fit it, and no other.
 
@@ -290,14 +296,15 @@ class Averages(Mapping[str, Average]):
             self._ready = ready
 
     def _fit(self, averages: Iterable[Average]) -> None:
-        self._let_go()
+        self._let_go_of_left()
         sources = self.sources.all
         if self._skip_nonfinite:
             begun = self.each[0].tensors.tensors
             self._unchecked |= {source for source in sources if source not in begun}
         misfits: dict[str, list[Tensor]] = {}
         for average in averages:
-            if average.tensors.changes == 0 and sources and average.n_averaged.value > 0:
+            is_here = average.has_counted or average.tensors.changes > 0
+            if not is_here and sources and average.n_averaged.value > 0:
                 average.n_averaged.value = 0
                 warn_user(
                     f"The parameter groups count updates of {average.name!r}, which isn't here: "
@@ -316,14 +323,13 @@ class Averages(Mapping[str, Average]):
                 'as `optimizer.state[parameter]["averaged_<name>"]`.'
             )
 
-    def _let_go(self) -> None:
+    def _let_go_of_left(self) -> None:
         """Drop the averages of what has left the parameter groups or the model."""
         present = self.sources.present()
         left = [parameter for parameter in self._entries.parameters() if parameter not in present]
         if left:
             self.state.take_out(left)
-            for store in self.stores.values():
-                store.drop(left)
+            self.let_go(left)
 
     def _refuse_foreign_keys(self) -> None:
         for entry in self.state.kept.values():

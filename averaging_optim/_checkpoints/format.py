@@ -42,7 +42,8 @@ class Checkpoint:
     averages: key of a store → parameter or buffer → its value, for each rule of which the
         state dict has any.
     missing: what it has no entry for and ought to, in words.
-    without: frozen parameters that have no averages.
+    without: parameters that were saved to be their own averages, and have none until they are
+        trained.
     """
 
     wrapped: dict[str, Any]
@@ -156,7 +157,7 @@ def read_checkpoint(
         counters={key: count or 0 for key, count in counters.items()},
         averages=averages,
         missing=missing,
-        without=saved.frozen_without_average(),
+        without=saved.without_average(),
     )
 
 
@@ -229,12 +230,12 @@ class _Saved:
         )
 
     def weight_averages(self, key: str) -> dict[Tensor, Tensor]:
-        """Return parameter → saved average; present values of those that were frozen then."""
+        """Return parameter → saved average, of all that were not frozen then."""
         averages = {}
         for index, weight in self.weights.items():
+            if self._was_frozen(index):
+                continue
             value = without_attributes(self._entry(index).get(AVERAGE + key))
-            if self._was_frozen(index) and is_trained(weight):
-                value = weight
             # torch.distributed.checkpoint leaves out the entries of weights that are frozen now,
             # after it has read into those that are here.
             if value is not None or is_trained(weight):
@@ -243,13 +244,9 @@ class _Saved:
                 averages[weight] = value
         return averages
 
-    def frozen_without_average(self) -> list[Tensor]:
-        """Return the parameters that were frozen, and still are."""
-        return [
-            weight
-            for index, weight in self.weights.items()
-            if self._was_frozen(index) and not is_trained(weight)
-        ]
+    def without_average(self) -> list[Tensor]:
+        """Return the parameters that were frozen."""
+        return [weight for index, weight in self.weights.items() if self._was_frozen(index)]
 
     def _was_frozen(self, index: Any) -> bool:
         """Return whether a parameter was saved to be its own average."""
