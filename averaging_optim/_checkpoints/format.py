@@ -125,8 +125,8 @@ def read_checkpoint(
     saved = _taken_apart(state_dict, sources)
     _refuse_unknown(saved, keys)
     averages = {
-        key: saved.weight_averages(key)
-        for rule_keys in keys.values()
+        key: saved.weight_averages(name, key)
+        for name, rule_keys in keys.items()
         if saved.holds_any(rule_keys)
         for key in rule_keys
     }
@@ -229,7 +229,7 @@ class _Saved:
             averages & self._entry(index).keys() for index in self.weights
         )
 
-    def weight_averages(self, key: str) -> dict[Tensor, Tensor]:
+    def weight_averages(self, name: str, key: str) -> dict[Tensor, Tensor]:
         """Return parameter → saved average, of all that were not frozen then."""
         averages = {}
         for index, weight in self.weights.items():
@@ -238,10 +238,17 @@ class _Saved:
             value = without_attributes(self._entry(index).get(AVERAGE + key))
             # torch.distributed.checkpoint leaves out the entries of weights that are frozen now,
             # after it has read into those that are here.
-            if value is not None or is_trained(weight):
-                place = PARAMETERS if index in self.apart else "state"
-                check_average(f"{place}[{short_repr(index)}][{AVERAGE + key!r}]", value, weight)
-                averages[weight] = value
+            if value is None and not is_trained(weight):
+                continue
+            place = PARAMETERS if index in self.apart else "state"
+            where = f"{place}[{short_repr(index)}][{AVERAGE + key!r}]"
+            if value is None:
+                raise ValueError(
+                    f"`{where}` must be a tensor, got None. To begin that average anew, drop it "
+                    f"with `averaging_optim.renamed(state_dict, {{{name!r}: None}})`."
+                )
+            check_average(where, value, weight)
+            averages[weight] = value
         return averages
 
     def without_average(self) -> list[Tensor]:
@@ -384,12 +391,12 @@ def _refuse_unknown(saved: _Saved, keys: Mapping[str, Collection[str]]) -> None:
             for key in entry if isinstance(entry, Mapping) and index not in saved.excluded else ():
                 # Other keys of this form are the wrapped optimizer's own, of which nothing is
                 # counted.
-                is_average = _is_average(key) and COUNT + _rule_of(key) in counted
-                if not is_average and key not in averages:
+                rule = _rule_of(key, counted)
+                if rule is None and key not in averages:
                     continue
                 where = f"{place}[{short_repr(index)}][{short_repr(key)}]"
                 if key not in averages:
-                    raise _no_rule(where, _rule_of(key), keys)
+                    raise _no_rule(where, str(rule), keys)
                 if index not in saved.weights:
                     raise ValueError(f"`{where}` must be of a parameter that is averaged here.")
     for i, group in enumerate(saved.groups):
@@ -410,15 +417,14 @@ def _no_rule(entry: str, name: str, names: Iterable[str]) -> ValueError:
     )
 
 
-def _is_average(key: object) -> bool:
-    return isinstance(key, str) and key.startswith(AVERAGE)
-
-
-def _rule_of(key: str) -> str:
-    """Return the name of the rule whose average, or a snapshot of it, has this key."""
+def _rule_of(key: object, counted: Collection[str]) -> str | None:
+    """Return the name of the counted rule whose average, or a snapshot of it, has this key."""
+    if not isinstance(key, str) or not key.startswith(AVERAGE):
+        return None
     name = key.removeprefix(AVERAGE)
     stem, _, number = name.rpartition("_")
-    return stem if number.isdecimal() else name
+    names = [name, stem] if number.isdecimal() else [name]
+    return next((each for each in names if COUNT + each in counted), None)
 
 
 def _is_count(key: object) -> bool:
