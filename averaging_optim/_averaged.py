@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from averaging_optim._averages.average import Average
 from averaging_optim._averages.averages import Averages
 from averaging_optim._averages.moving import detached_copy
+from averaging_optim._averages.sharding import fsdp_modules
 from averaging_optim._averages.sources import unwrapped
 from averaging_optim._averages.swap import Swap
 from averaging_optim._averages.teachers import Teacher, averaged_copy, bind
@@ -131,8 +132,8 @@ class Averaged:
 
         They are the same memory, without gradients: always up to date, for teachers and
         for evaluating beside training. Parameters that are not averaged are the model's own,
-        in its memory. Parameters have the dtype and device of the averages. Until its first
-        update, an average holds the weights at the time it was made.
+        in its memory. The others and buffers have the dtype and device of the averages. Until
+        its first update, an average holds the weights at the time it was made.
 
         Buffers are copied at each update: their averages, or else the model's. A module that
         has written into its buffers in train mode, as BatchNorm does, keeps them while it stays
@@ -148,12 +149,14 @@ class Averaged:
             name: which average; may be left out if there is only one.
             into: another instance of the model to use instead of a copy, for models that
                 `copy.deepcopy` can't copy: those with hooks of `torch.nn.utils.weight_norm`, with
-                locks or process groups, of TorchScript.
+                locks or process groups, of TorchScript, and those that `fully_shard` has
+                sharded, if all ranks have parts of one size.
 
         Raises:
             ValueError: there is no such average; a parameter of the model requires a gradient
                 and is neither averaged nor left out by `average=False` or `exclude`; the model
                 can't be copied; `into` is no other instance of it.
+            TypeError: `into` is no module.
 
         Example:
             >>> import torch
@@ -298,8 +301,10 @@ class Averaged:
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
         inside = unwrapped(model)
+        for each in fsdp_modules(inside):
+            each.reshard()  # after a forward alone, the root has other parameters
         sources = [averages.look_up() for averages in self._each]
-        averaged = {each for some in sources for each in some.all}
+        averaged = {source for some in sources for source in some.all}
         if averaged.isdisjoint([*inside.parameters(), *inside.buffers()]):
             raise ValueError(
                 "`model` must have parameters that this optimizer averages, got a "

@@ -360,6 +360,65 @@ def test_the_whole_average_of_a_sharded_model_is_exported_inside_the_swap() -> N
         assert same(exported.values(), expected.values())
 
 
+def followed_and_swapped() -> list[tuple[Tensor, Tensor]]:
+    """Return what a sharded averaged model gives after each step, and the model in a swap."""
+    model, second = sharded_model(), sharded_model()
+    optimizer = averaging_adam(model)
+    with torch.no_grad():
+        for weight in second.parameters():
+            weight.zero_()
+        loss_of_batch(second, 0)  # from then on, FSDP remembers what it computes with
+    teacher = optimizer.averaged_model(model, "ema", into=second)
+    found = []
+    for step in range(4):
+        train(model, optimizer, 1, first=step)
+        with torch.no_grad():
+            with optimizer.swap_to_averaged("ema"):
+                inside = loss_of_batch(model, 9)
+            found.append((loss_of_batch(teacher, 9), inside))
+    kept = [optimizer.state[weight]["averaged_ema"] for weight in model.parameters()]
+    train(model, optimizer, 1, first=4)  # so that no weight of the second stays gathered
+    for own, each in zip(second.parameters(), kept, strict=True):
+        assert isinstance(own, DTensor)
+        assert own.to_local().data_ptr() == each.to_local().data_ptr()
+        assert not own.requires_grad
+    return found
+
+
+@trains_with_fsdp
+def test_another_sharded_instance_is_the_average_in_its_memory() -> None:
+    for found in in_processes(2, followed_and_swapped):
+        assert len({inside.item() for _, inside in found}) == 4
+        assert same([loss for loss, _ in found], [inside for _, inside in found])
+
+
+def refused_instances() -> list[str]:
+    model = sharded_model()
+    optimizer = averaging_adam(model)
+
+    def refused(second: nn.Module | None) -> str:
+        with pytest.raises(ValueError, match="must") as refusal:
+            optimizer.averaged_model(model, "ema", into=second)
+        return str(refusal.value)
+
+    return [refused(None), refused(sharded_model()), refused(small_model())]
+
+
+@trains_with_fsdp
+def test_sharded_models_that_cannot_be_the_average_are_refused_on_all_ranks_alike() -> None:
+    """Three ranks have parts of two sizes, and compute with padded copies of them."""
+    first, *others = in_processes(3, refused_instances)
+    assert others == [first] * 2
+    copied, uneven, plain = first
+    assert copied.startswith("`model` must be one that copy.deepcopy copies. Pass another instance")
+    assert "FSDP does not support deepcopy" in copied
+    assert uneven == (
+        "`into` must have parameters that FSDP shards evenly, got '0.weight' of shape (4, 3), of "
+        "which it computes with a padded copy. Use `swap_to_averaged`."
+    )
+    assert plain.startswith("`into` must have a '0.weight' that is spread over devices as the ")
+
+
 @pytest.mark.usefixtures("process_group")
 class TestOneRank:
     """What needs no second process."""
@@ -427,6 +486,17 @@ class TestOneRank:
             loss_of_batch(model, 0).backward()
         loss_of_batch(averaged, 0).backward()
         assert same(whole(gradients_of(model)), gradients_of(averaged))
+
+    @trains_with_fsdp
+    def test_an_export_after_a_forward_alone_is_of_the_whole_model(self) -> None:
+        model = sharded_model()
+        optimizer = averaging_adam(model)
+        train(model, optimizer, 3)
+        expected = whole(optimizer.averaged_state_dict(model, "ema").values())
+        loss_of_batch(model, 0)
+        assert same(whole(optimizer.averaged_state_dict(model, "ema").values()), expected)
+        loss_of_batch(model, 0)
+        optimizer.averaged_model(model, "ema", into=sharded_model())
 
     @trains_with_fsdp
     @pytest.mark.parametrize("value", [torch.ones(4, 3), DTensor], ids=["plain", "replicated"])

@@ -56,7 +56,7 @@ def averaging_sgd(
     model: nn.Module,
     rule: Rule | dict[str, Rule],
     *,
-    buffers: Iterable[Tensor] = (),
+    buffers: nn.Module | Iterable[Tensor] = (),
     dtype: torch.dtype | None = None,
     device: str | None = None,
 ) -> AveragingOptimizer:

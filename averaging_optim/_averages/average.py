@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from averaging_optim._averages.moving import numeric_kind
 from averaging_optim._averages.store import TensorStore
-from averaging_optim._averages.teachers import Teacher, warn_of_parting
+from averaging_optim._averages.teachers import Teacher
 from averaging_optim._checks import check_real
 from averaging_optim._rules import Rule
 
@@ -105,10 +105,8 @@ class Average:
 
     def teach(self) -> None:
         """Let the models that are made of the average follow it."""
-        parted = [model for model, each in self.teachers.items() if not each.follow()]
-        for model in parted:
-            del self.teachers[model]
-            warn_of_parting()
+        for teacher in list(self.teachers.values()):
+            teacher.follow()
 
     def rebuild_from_snapshots(self, sources: Sequence[Tensor]) -> None:
         """Leave the oldest snapshot out, if the average is of as many weights as may be."""

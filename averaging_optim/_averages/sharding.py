@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def sharding_of(tensor: Tensor) -> Any:
@@ -14,6 +17,28 @@ def sharding_of(tensor: Tensor) -> Any:
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         return tensor.device_mesh, tensor.placements
     return None
+
+
+def is_uneven(tensor: Tensor) -> bool:
+    """Return whether ranks have parts of different sizes."""
+    sharding = sharding_of(tensor)
+    if sharding is None:
+        return False
+    mesh, placements = sharding
+    return any(
+        hasattr(each, "dim") and tensor.shape[each.dim] % mesh.size(i) != 0
+        for i, each in enumerate(placements)
+    )
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """Return those that `torch.distributed.fsdp.fully_shard` was called for."""
+    return [each for each in model.modules() if _is_fsdp(each)]
+
+
+def _is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
+    # By name, as importing it takes half a second.
+    return any(each.__name__ == "FSDPModule" for each in type(module).__mro__)
 
 
 def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -52,7 +52,11 @@ class TensorStore:
 
     def start(self, sources: Iterable[Tensor]) -> None:
         """Start a tensor at the present values of each source."""
-        self._keep({each: new_average(each, self._dtype, self._device) for each in sources})
+        self._keep({each: self.copy_of(each) for each in sources})
+
+    def copy_of(self, source: Tensor) -> Tensor:
+        """Return a copy of a tensor in the dtype and on the device of an average of it."""
+        return new_average(source, self._dtype, self._device)
 
     def drop(self, sources: Iterable[Tensor]) -> None:
         """Keep no tensors of these sources; no effect where there is none."""
@@ -161,7 +165,7 @@ class TensorStore:
 
     def _load_target(self, source: Tensor) -> Tensor:
         kept = self._kept_in_place(source, source.shape)
-        return new_average(source, self._dtype, self._device) if kept is None else kept
+        return self.copy_of(source) if kept is None else kept
 
     def _alike(self, weights: Iterable[Tensor], *, apart_from: Sequence[Tensor]) -> list[Tensor]:
         """Return the weights that can change places with their averages."""

@@ -10,9 +10,9 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from averaging_optim._averages.moving import copy_into, detached_copy, share_memory
-from averaging_optim._averages.sharding import local_parts
-from averaging_optim._averages.sources import Buffers
+from averaging_optim._averages.moving import copy_into, share_memory, storages
+from averaging_optim._averages.sharding import fsdp_modules, is_uneven, local_parts, sharding_of
+from averaging_optim._averages.sources import Buffers, unwrapped
 from averaging_optim._averages.store import TensorStore
 from averaging_optim._warnings import warn_user
 
@@ -31,68 +31,95 @@ class Teacher:
     def __init__(self, teacher: nn.Module, model: nn.Module, stores: Sequence[TensorStore]) -> None:
         self._stores = stores
         self._buffers = Buffers(model, use_buffers=False)
-        self._copies = [
-            _BufferCopy(f"{prefix}.{key}" if prefix else key, module, key)
-            for prefix, module in teacher.named_modules()
-            for key, buffer in module._buffers.items()
-            if buffer is not None
+        self._copies = [_BufferCopies(*each) for each in teacher.named_modules()]
+        self._sharded = list(map(ref, fsdp_modules(teacher)))
+        owners = dict(teacher.named_modules(remove_duplicate=False))
+        self._places = [
+            (source, ref(owners[prefix]), key)
+            for name, source in model.named_parameters(remove_duplicate=False)
+            for prefix, _, key in [name.rpartition(".")]
         ]
-        own = dict(teacher.named_parameters(remove_duplicate=False))
-        self._pairs = [
-            (source, own[name]) for name, source in model.named_parameters(remove_duplicate=False)
-        ]
-        self._bound = [_address(kept_of(source, stores)) for source, _ in self._pairs]
+        self._bound = [_address(kept_of(source, stores)) for source, _, _ in self._places]
+        self._has_parted = False
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def follow(self) -> bool:
-        """Let parameters be the averages there are now, and copy buffers; False if parted."""
-        for i, (source, parameter) in enumerate(self._pairs):
-            kept = kept_of(source, self._stores)
-            if _address(parameter) != (address := _address(kept)):
-                if address == self._bound[i]:
-                    return False
-                parameter.data = kept.detach()
-                self._bound[i] = address
+    def follow(self) -> None:
+        """Let parameters be the averages there are now, and copy buffers.
+
+        No-op, with one warning, once the teacher was cast or moved.
+        """
+        if self._has_parted:
+            return
+        for reference in self._sharded:
+            if (sharded := reference()) is not None:
+                sharded.reshard()  # what was gathered is not the average any more
+        for i, (source, owner, key) in enumerate(self._places):
+            parameter, kept = getattr(owner(), key, None), kept_of(source, self._stores)
+            if parameter is None or _address(parameter) == (address := _address(kept)):
+                continue
+            if address == self._bound[i]:
+                self._has_parted = True
+                _warn_of_parting()
+                return
+            _bind(cast("nn.Module", owner()), key, kept)
+            self._bound[i] = address
         self._buffers.look_up()
-        sources = self._buffers.by_key
-        following = [each for each in self._copies if each.follows(sources.get(each.name))]
-        values = [kept_of(sources[each.name], self._stores) for each in following]
-        copy_into([each.tensor() for each in following], values)
+        sources = {name: kept_of(each, self._stores) for name, each in self._buffers.by_key.items()}
+        following = [each for each in self._copies if each.follow_now()]
+        pairs = [pair for each in following for pair in each.pairs(sources)]
+        copy_into([own for own, _ in pairs], [source for _, source in pairs])
         for each in following:
             each.note()
-        return True
 
 
-class _BufferCopy:
-    """A buffer of a teacher, and whether it is what was copied into it."""
+class _BufferCopies:
+    """The buffers of one module of a teacher, and whether they are what was copied into them."""
 
-    def __init__(self, name: str, module: nn.Module, key: str) -> None:
-        self.name = name
+    def __init__(self, prefix: str, module: nn.Module) -> None:
         self._module = ref(module)
-        self._key = key
-        self._noted: tuple[ReferenceType[Tensor], int] | None = None
+        self._names = {
+            key: f"{prefix}.{key}" if prefix else key
+            for key, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        self._noted: list[tuple[ReferenceType[Tensor], int]] = []
         self.note()
 
-    def tensor(self) -> Tensor:
-        return cast("nn.Module", self._module()).get_buffer(self._key)
-
-    def follows(self, source: Tensor | None) -> bool:
+    def follow_now(self) -> bool:
         module = self._module()
-        if module is None or source is None:
-            return False
-        tensor = module._buffers.get(self._key)
-        if tensor is None or (module.training and self._note_of(tensor) != self._noted):
-            return False
-        if tensor.shape != source.shape:
-            module._buffers[self._key] = detached_copy(source)
-        return True
+        # Not each buffer by itself: BatchNorm writes into its statistics without a trace, and
+        # into its count with one.
+        return module is not None and not (module.training and self._are_written())
+
+    def pairs(self, sources: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return the buffers, each of the shape of its source, and these."""
+        found = [
+            (key, own, sources[self._names[key]])
+            for key, own in self._present().items()
+            if self._names[key] in sources
+        ]
+        for key, own, source in found:
+            if source.shape != own.shape:  # as of caches that grow
+                module = cast("nn.Module", self._module())
+                setattr(module, key, source.to(own.device, own.dtype, copy=True))
+        present = self._present()
+        return [(present[key], source) for key, _, source in found]
 
     def note(self) -> None:
-        self._noted = self._note_of(self.tensor())
+        self._noted = [(ref(each), _version(each)) for each in self._present().values()]
 
-    def _note_of(self, tensor: Tensor) -> tuple[ReferenceType[Tensor], int]:
-        return ref(tensor), 0 if tensor.is_inference() else tensor._version
+    def _are_written(self) -> bool:
+        present = list(self._present().values())
+        return len(present) != len(self._noted) or any(
+            noted() is not own or version != _version(own)
+            for (noted, version), own in zip(self._noted, present, strict=True)
+        )
+
+    def _present(self) -> dict[str, Tensor]:
+        # By attribute, as modules of TorchScript have no `get_buffer`.
+        found = {key: getattr(self._module(), key, None) for key in self._names}
+        return {key: each for key, each in found.items() if each is not None}
 
 
 def averaged_copy(model: nn.Module, stores: Sequence[TensorStore]) -> nn.Module:
@@ -104,13 +131,13 @@ def averaged_copy(model: nn.Module, stores: Sequence[TensorStore]) -> nn.Module:
     memo: dict[int, Any] = {
         id(each): _without_gradient(each, kept_of(each, stores)) for each in model.parameters()
     }
-    memo |= {id(each): detached_copy(kept_of(each, stores)) for each in model.buffers()}
+    memo |= {id(each): copy for each, copy in _copies_of_buffers(model, stores).items()}
     try:
         teacher = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
-            f"`model` must be one that copy.deepcopy copies, got {type(error).__name__}: {error} "
-            "Pass another instance of it as `into`."
+            "`model` must be one that copy.deepcopy copies. Pass another instance of it as `into`. "
+            f"({type(error).__name__}: {error})"
         ) from error
     verify(teacher, model, stores, "`model` must be one that copy.deepcopy copies by its memo")
     return teacher
@@ -120,20 +147,26 @@ def bind(into: nn.Module, model: nn.Module, stores: Sequence[TensorStore]) -> nn
     """Return another instance, its parameters now the averages, or else the model's own.
 
     Raises:
+        TypeError: it is no module.
         ValueError: it has not the parameters and buffers of the model, or shares them.
     """
-    parameters = dict(into.named_parameters(remove_duplicate=False))
-    buffers = dict(into.named_buffers(remove_duplicate=False))
+    if not isinstance(into, nn.Module):
+        raise TypeError(f"`into` must be a torch.nn.Module, got {into!r}.")
+    into = unwrapped(into)
+    for each in fsdp_modules(into):
+        each.reshard()
     wanted = dict(model.named_parameters(remove_duplicate=False))
     wanted_buffers = dict(model.named_buffers(remove_duplicate=False))
-    _check_instance(parameters, wanted)
-    _check_instance(buffers, wanted_buffers)
+    _check_parameters(into, wanted)
+    _check_names(dict(into.named_buffers(remove_duplicate=False)), wanted_buffers)
+    copies = _copies_of_buffers(model, stores)
+    owners = dict(into.named_modules(remove_duplicate=False))
     for name, source in wanted_buffers.items():
-        buffers[name].data = detached_copy(kept_of(source, stores))
+        prefix, _, key = name.rpartition(".")
+        setattr(owners[prefix], key, copies[source])
     for name, source in wanted.items():
-        parameters[name].grad = None
-        parameters[name].data = kept_of(source, stores).detach()
-        parameters[name].requires_grad_(False)
+        prefix, _, key = name.rpartition(".")
+        _bind(owners[prefix], key, kept_of(source, stores))
     verify(into, model, stores, "`into` must be a model whose parameters can be set")
     return into
 
@@ -164,16 +197,61 @@ def _without_gradient(parameter: nn.Parameter, kept: Tensor) -> Tensor:
     return result
 
 
-def _check_instance(own: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _copies_of_buffers(model: nn.Module, stores: Sequence[TensorStore]) -> dict[Tensor, Tensor]:
+    """Return buffer → a copy of what is kept of it, in the dtype and place of the averages."""
+    return {each: stores[0].copy_of(kept_of(each, stores)) for each in model.buffers()}
+
+
+def _bind(owner: nn.Module, key: str, kept: Tensor) -> None:
+    """Let a parameter of a module be the tensor that is kept."""
+    parameter = getattr(owner, key)
+    parameter.grad = None
+    parameter.requires_grad_(False)
+    if sharding_of(kept) is None:
+        parameter.data = kept.detach()
+    else:
+        # FSDP computes with memory that it remembers, and looks at it again after this.
+        assigned = {key: nn.Parameter(kept.detach(), requires_grad=False)}
+        owner.load_state_dict(assigned, strict=False, assign=True)
+
+
+def _check_parameters(into: nn.Module, wanted: Mapping[str, Tensor]) -> None:
+    own = dict(into.named_parameters(remove_duplicate=False))
+    _check_names(own, wanted)
+    source_of: dict[Tensor, Tensor] = {}
+    pads = bool(fsdp_modules(into))
     for name, source in wanted.items():
-        found = own.get(name)
-        if found is None or found.shape != source.shape:
-            raise ValueError(
-                f"`into` must have a {name!r} of shape {tuple(source.shape)}, as the model has, "
-                f"got {None if found is None else tuple(found.shape)}."
-            )
-        if found is source:
+        if own[name] is source or storages([own[name]]) == storages([source]):
             raise ValueError(f"`into` must share nothing with the model, got its {name!r}.")
+        if source_of.setdefault(own[name], source) is not source:
+            raise ValueError(
+                f"`into` must have a {name!r} of its own, as the model has, got one that is tied."
+            )
+        if sharding_of(own[name]) != sharding_of(source):
+            raise ValueError(
+                f"`into` must have a {name!r} that is spread over devices as the model's is, "
+                f"{sharding_of(source)}, got {sharding_of(own[name])}."
+            )
+        if pads and is_uneven(source):
+            raise ValueError(
+                f"`into` must have parameters that FSDP shards evenly, got {name!r} of shape "
+                f"{tuple(source.shape)}, of which it computes with a padded copy. Use "
+                "`swap_to_averaged`."
+            )
+
+
+def _check_names(own: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name in {**wanted, **own}:
+        shapes = [tuple(each[name].shape) if name in each else None for each in (wanted, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"`into` must be another instance of the model, with a {name!r} of shape "
+                f"{shapes[0]}, got {shapes[1]}."
+            )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _address(tensor: Tensor) -> int:
@@ -181,7 +259,7 @@ def _address(tensor: Tensor) -> int:
     return here.data_ptr()
 
 
-def warn_of_parting() -> None:
+def _warn_of_parting() -> None:
     warn_user(
         "A model from `averaged_model` was cast or moved, and does not follow its average any "
         "more. Make a new one, or have averages of the dtype and device that you want."
