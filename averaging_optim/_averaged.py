@@ -27,7 +27,9 @@ _Result = TypeVar("_Result")
 class Averaged:
     """One optimizer or several, whose averages of one name are one average of all they train."""
 
-    def swap_to_averaged(self, name: str | None = None, *, in_place: bool = False) -> Swap:
+    def swap_to_averaged(
+        self, name: str | Mapping[str, float] | None = None, *, in_place: bool = False
+    ) -> Swap:
         """Evaluate with averaged weights: they are in the model until the block is left.
 
         Example:
@@ -58,7 +60,8 @@ class Averaged:
         last of them is left.
 
         Args:
-            name: which average; may be left out if there is only one.
+            name: which average; may be left out if there is only one. A mapping name → factor,
+                "weights" among the names, gives their weighted sum, in at least float32.
             in_place: exchange weights and averages, through a scratch of a few MiB, instead
                 of backing the weights up. Then nothing inside may write into the weights, or
                 it is in the average for good; what was handed out of the averages before
@@ -67,13 +70,16 @@ class Averaged:
                 which share no memory; others are backed up all the same.
 
         Raises:
-            ValueError: there is no average of this name, or several and no name.
+            ValueError: there is no average of this name, or several and no name, or a sum is to be
+                exchanged `in_place`.
             RuntimeError: inside a swap to another average, while `step` runs, inside a
                 function that torch.func transforms, or if what is returned is entered or
                 left twice.
             torch.OutOfMemoryError: there is no room for the backup; nothing has changed.
         """
         check_bool("in_place", in_place)
+        if isinstance(name, Mapping):
+            return self._swap_to_sum(name, in_place)
         chosen = self._chosen(name)
         for averages, average in chosen:
             averages.swap.refuse_if_superseded("swap_to_averaged")
@@ -181,7 +187,11 @@ class Averaged:
         return cast("_Model", made)
 
     def averaged_state_dict(
-        self, model: nn.Module, name: str | None = None, *, only_averaged: bool = False
+        self,
+        model: nn.Module,
+        name: str | Mapping[str, float] | None = None,
+        *,
+        only_averaged: bool = False,
     ) -> dict[str, Any]:
         """Return `model.state_dict()` under the average, as independent tensors.
 
@@ -190,7 +200,7 @@ class Averaged:
 
         Args:
             model: a module with parameters that are averaged.
-            name: which average; may be left out if there is only one.
+            name: which average, or a weighted sum of some; see `swap_to_averaged`.
             only_averaged: leave out what has no average, such as the frozen weights of a LoRA.
 
         Raises:
@@ -304,7 +314,7 @@ class Averaged:
         for each in fsdp_modules(inside):
             each.reshard()  # after a forward alone, the root has other parameters
         sources = [averages.look_up() for averages in self._each]
-        averaged = {source for some in sources for source in some.all}
+        averaged = {source for some in sources for source in (*some.listed, *some.all)}
         if averaged.isdisjoint([*inside.parameters(), *inside.buffers()]):
             raise ValueError(
                 "`model` must have parameters that this optimizer averages, got a "
@@ -331,6 +341,16 @@ class Averaged:
     @abstractmethod
     def _each(self) -> Sequence[Averages]:
         """The averages of each optimizer."""
+
+    def _swap_to_sum(self, factors: Mapping[str, float], in_place: bool) -> Swap:
+        if in_place:
+            raise ValueError("`in_place` must be False for a weighted sum, got True.")
+        sums = [(averages, averages.combined(factors)) for averages in self._each]
+        for averages, _ in sums:
+            averages.swap.refuse_if_superseded("swap_to_averaged")
+            for name in averages.keys() & factors.keys():
+                averages.tell_if_trained_past(averages[name])
+        return Swap([averages.swap_to(sum_, in_place=False) for averages, sum_ in sums])
 
     def _chosen(self, name: str | None) -> list[tuple[Averages, Average]]:
         return [(averages, averages.named(name)) for averages in self._each]

@@ -84,8 +84,10 @@ class Ledger:
         averaged = {f"n_averaged_{name}": count for name, count in self.counts.items()}
         return {"averaging_steps": self.steps, "n_skipped": self.skipped, **averaged}
 
-    def make(self, present: Present) -> None:
+    def make(self, present: Present, *, only_begun: bool = False) -> None:
         for name, averages in self.averages.items():
+            if only_begun and not averages:
+                continue
             for key in present.keys() - averages.keys():
                 averages[key] = self.copy_of(present[key])
                 self.windows[name][key] = [averages[key]] * self.counts[name]

@@ -295,6 +295,7 @@ class Life(RuleBasedStateMachine):
         elif self.is_allowed("load_state_dict", lambda: self.optimizer.load_state_dict(state_dict)):
             self.bare.load_state_dict(bare)
             self.ledger.load(ledger, self.present())
+            self.ledger.make(self.averaged(), only_begun=True)
         assert frozen(state_dict) == given
 
     def starts_anew(self) -> None:
@@ -342,6 +343,7 @@ class Life(RuleBasedStateMachine):
             weight = list(weights)[choice % len(weights)]
             weight.grad = None
             weight.requires_grad_(trains)
+        self.ledger.make(self.averaged(), only_begun=True)
 
     @precondition(lambda self: not self.swapped_to)
     @rule(lr=st.sampled_from([0.0, 0.1]))
@@ -457,9 +459,17 @@ class Life(RuleBasedStateMachine):
         return sorted(self.ledger.rules)[choice % len(self.ledger.rules)]
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return key in the model's state dict → tensor, for all that is averaged."""
+        """Return key in the model's state dict → tensor, for all that is averaged.
+
+        A weight that was frozen before there were averages has none of its own.
+        """
         flags = [group["average"] for group in self.groups for _ in group["params"]]
-        weights = {f"weights.{i}": w for i, w in enumerate(self.model.weights) if flags[i]}
+        begun = {key for averages in self.ledger.averages.values() for key in averages}
+        weights = {
+            f"weights.{i}": weight
+            for i, weight in enumerate(self.model.weights)
+            if flags[i] and (weight.requires_grad or f"weights.{i}" in begun)
+        }
         return {**weights, **(dict(self.model.named_buffers()) if self.with_buffers else {})}
 
     def present(self) -> dict[str, Tensor]:
@@ -479,10 +489,11 @@ class Life(RuleBasedStateMachine):
         state_dict = self.optimizer.state_dict()
         buffers = state_dict.get("averaged_buffers", {}).get(name, [])
         of_buffers = zip(dict(self.model.named_buffers()), buffers, strict=False)
-        entries = state_dict["state"].items()
+        entries = [state_dict["state"], state_dict.get("averaged_parameters", {})]
         of_weights = {
             f"weights.{i}": entry[f"averaged_{name}"]
-            for i, entry in entries
+            for each in entries
+            for i, entry in each.items()
             if f"averaged_{name}" in entry
         }
         return {**of_weights, **dict(of_buffers)}

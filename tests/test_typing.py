@@ -18,6 +18,7 @@ from averaging_optim import (
     SWA,
     T_ADEMA,
     AveragingOptimizer,
+    ExponentialRamp,
     Formula,
     HalfLifeFraction,
     Lookahead,
@@ -28,8 +29,10 @@ from averaging_optim import (
     Rule,
     SwitchEMA,
     TFRamp,
+    Together,
     describe,
     post_hoc,
+    together,
 )
 
 
@@ -56,6 +59,7 @@ RULES: dict[str, Rule | Callable[[int], float]] = {
     "last": LAWA(k=2),
     "ahead": Lookahead(alpha=0.5, every=5),
     "switch": SwitchEMA(0.9, every=5),
+    "yolo": ExponentialRamp(0.9999, tau=2000.0),
     "formula": Formula(halved),
     "function": halved,
     "own": Half(every=None),
@@ -110,6 +114,13 @@ def test_the_public_api_runs_as_it_is_typed() -> None:
     saved: dict[str, Any] = optimizer.state_dict()
     optimizer.load_state_dict(saved)
 
+    all_of_it: Together = together(optimizer)
+    with all_of_it.swap_to_averaged({"swa": 0.5, "weights": 0.5}):
+        count: int = optimizer.n_averaged("swa")
+    assert count > 0
+    optimizer.restart("swa")
+    other_names: dict[str, Any] = renamed(optimizer.state_dict(), {"swa": None})
+    assert "n_averaged_swa" not in other_names["param_groups"][0]
     profile: Profile = describe(SWA(), steps=4)
     shares: tuple[float, ...] = profile.shares
     assert shares == (0.25,) * 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import ref
 
@@ -19,8 +19,9 @@ from averaging_optim._averages.past import TrainedPast, trains
 from averaging_optim._averages.rounding import move_toward_at_random, seed_of
 from averaging_optim._averages.sources import Buffers, Sources
 from averaging_optim._averages.state import State
-from averaging_optim._averages.store import GroupedTensors
-from averaging_optim._averages.swap import SwapPart, SwapState
+from averaging_optim._averages.store import GroupedTensors, sums_in_place_of
+from averaging_optim._averages.swap import Combination, SwapPart, SwapState
+from averaging_optim._checks import check_real
 from averaging_optim._rules import Rule
 from averaging_optim._warnings import is_called_by, warn_user
 
@@ -260,7 +261,7 @@ class Averages(Mapping[str, Average]):
             ValueError: there is none, or several and no name.
         """
         chosen = next(iter(self)) if name is None and len(self) == 1 else name
-        if chosen is None or chosen not in self:
+        if not isinstance(chosen, str) or chosen not in self:
             raise ValueError(f"`name` must be one of {', '.join(map(repr, self))}, got {name!r}.")
         return self[chosen]
 
@@ -382,8 +383,23 @@ class Averages(Mapping[str, Average]):
         value.put_back()
         value.update(parts)
 
-    def swap_to(self, average: Average, *, in_place: bool) -> SwapPart:
-        """Return what enters and leaves a swap to the average."""
+    def combined(self, factors: Mapping[str, float]) -> Combination:
+        """Return the sum of averages, and of the weights, by name.
+
+        Raises:
+            TypeError, ValueError: a name or a factor is none.
+        """
+        names = ", ".join(map(repr, [*self, "weights"]))
+        if not factors or "weights" in self:
+            raise ValueError(f"`name` must map some of {names} to factors, got {factors!r}.")
+        for name, factor in factors.items():
+            if name not in self and name != "weights":
+                raise ValueError(f"`name` must map some of {names} to factors, got {name!r}.")
+            check_real(f"name[{name!r}]", factor, "(-∞, ∞)")
+        return Combination({name: float(factor) for name, factor in factors.items()})
+
+    def swap_to(self, average: Average | Combination, *, in_place: bool) -> SwapPart:
+        """Return what enters and leaves a swap to the average, or the sum of some."""
 
         @contextmanager
         def move() -> Iterator[None]:
@@ -397,6 +413,10 @@ class Averages(Mapping[str, Average]):
                     f"`swap_to_averaged({average.name!r})` is not allowed inside a function that "
                     "torch.func transforms. Call the transformed function inside the block."
                 )
+            if isinstance(average, Combination):
+                with self._summed(average.name):
+                    yield
+                return
             if average.n_averaged.value == 0:
                 yield
                 return
@@ -408,6 +428,23 @@ class Averages(Mapping[str, Average]):
                 yield
 
         return SwapPart(self.swap, average, move)
+
+    def _summed(self, factors: Mapping[str, float]) -> AbstractContextManager[None]:
+        self.make(only_begun=True)
+        # What has not averaged yet is the weights.
+        begun = {
+            name: factor
+            for name, factor in factors.items()
+            if name in self and self[name].n_averaged.value > 0
+        }
+        own = sum(factors[name] for name in factors if name not in begun)
+        return sums_in_place_of(
+            self.sources.weights,
+            self.buffers.averaged,
+            own,
+            [(factor, self[name].tensors) for name, factor in begun.items()],
+            self.sources.places(),
+        )
 
     @contextmanager
     def writing(self, call: str) -> Iterator[None]:

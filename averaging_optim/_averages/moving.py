@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -207,6 +208,26 @@ def exchanged(firsts: Sequence[Tensor], seconds: Sequence[Tensor]) -> Iterator[N
         _exchange(blocks)
 
 
+@torch.no_grad()
+def put_sum(target: Tensor, terms: Sequence[tuple[float, Tensor]], *, is_buffer: bool) -> None:
+    """target ← ∑ factor · term, in at least float32; the target may be one of the terms.
+
+    Args:
+        is_buffer: keep what is nowhere negative in any term, such as a variance, at its least
+            value there or above.
+    """
+    factors = [factor for factor, _ in terms]
+    here, *parts = local_parts([target, *(term for _, term in terms)])
+    dtypes = [here.dtype, torch.float32, *(part.dtype for part in parts)]
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    wide = [part.to(here.device, dtype) for part in parts]
+    sum_ = torch.stack([factor * part for factor, part in zip(factors, wide, strict=True)]).sum(0)
+    if is_buffer and not here.is_complex():
+        least = torch.stack(wide).amin(0)
+        sum_ = torch.where((least >= 0).all(), sum_.maximum(least), sum_)
+    here.copy_(sum_)
+
+
 @contextmanager
 def restored_if_moved(
     tensors: Sequence[Tensor], memory: Sequence[Tensor], present: Present
@@ -226,20 +247,19 @@ def restored_if_moved(
 
 
 @contextmanager
-def overwritten_until_exit(
-    targets: Sequence[Tensor], sources: Sequence[Tensor], present: Present
+def restored_on_exit(
+    targets: Sequence[Tensor], beside: Sequence[Tensor], present: Present
 ) -> Iterator[None]:
-    """Let the targets hold the sources' values until the block is left.
+    """On leaving, let the targets have the values that they have now.
 
-    Needs a backup of all targets, on the devices of the sources, which are only read. It is
-    kept until the block is left, so that leaving allocates nothing.
+    They are backed up, which is over before the block begins, so that leaving allocates nothing.
 
     Args:
+        beside: tensors on whose devices the backups are kept.
         present: targets → those that are in the places of each now, which are restored too.
     """
-    backups = _backups(targets, sources)
+    backups = _backups(targets, beside)
     try:
-        copy_into(targets, sources)
         yield
     finally:
         replaced = [

@@ -116,6 +116,7 @@ class Sources:
     A parameter that is frozen is its own average, and has none here, unless it was averaged
     before it was frozen.
 
+    listed: parameters of the groups that are averaged, frozen ones among them.
     weights: parameters that are averaged, each once.
     moving: weights and averaged buffers.
     all: the same and copied buffers.
@@ -139,7 +140,7 @@ class Sources:
         self.changes = 0
         self._optimizer = optimizer
         self._stores = tuple(stores)
-        self._listed: list[Tensor] = []
+        self.listed: list[Tensor] = []
         self._of: tuple[Any, ...] = ()
         self._list([])
 
@@ -161,9 +162,9 @@ class Sources:
         ]
         trained = [each.requires_grad or is_trained(each) for each in listed]
         of = trained, sum([store.changes for store in self._stores])
-        if moved is None and of == self._of and are_identical(listed, self._listed):
+        if moved is None and of == self._of and are_identical(listed, self.listed):
             return
-        self._listed, self._of = listed, of
+        self.listed, self._of = listed, of
         weights = [each for each in dict.fromkeys(listed) if self._is_averaged(each)]
         if moved is not None or not are_identical(weights, self.weights):
             self._list(weights)

@@ -24,8 +24,9 @@ from averaging_optim._averages.moving import (
     move_toward,
     new_average,
     overlapping,
-    overwritten_until_exit,
+    put_sum,
     restored_if_moved,
+    restored_on_exit,
     same_dtype_and_device,
     stay_finite,
     storages,
@@ -134,12 +135,14 @@ class TensorStore:
         # The memory that holds the averages meanwhile: `Module.to` would give a weight another.
         held = {weight: weight.detach() for weight in alike}
         others = [source for source in sources if source not in held]
+        kept = [self.tensors[other] for other in others]
         with (
-            overwritten_until_exit(others, [self.tensors[other] for other in others], present),
+            restored_on_exit(others, kept, present),
             restored_if_moved(alike, list(held.values()), present),
             exchanged(list(held.values()), [self.tensors[weight] for weight in alike]),
             caches_invalidated(sources),
         ):
+            copy_into(others, kept)
             self._held = held
             try:
                 yield
@@ -219,6 +222,30 @@ class GroupedTensors:
             self._of = () if any(sharding_of(each) for each in sources) else of
             self._sources = sources
         return self._groups
+
+
+@contextmanager
+def sums_in_place_of(
+    weights: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    factor: float,
+    parts: Sequence[tuple[float, TensorStore]],
+    present: Present,
+) -> Iterator[None]:
+    """Let tensors be factor · themselves + the sum of other factors · averages until the exit.
+
+    Args:
+        weights, buffers: of which each of the stores has an average.
+        present: tensors → those that are in the places of each on leaving.
+    """
+    sources = [*weights, *buffers]
+    beside = [parts[0][1].tensors[each] for each in sources] if parts else sources
+    with restored_on_exit(sources, beside, present), caches_invalidated(sources):
+        for i, source in enumerate(sources):
+            terms = [(share, store.tensors[source]) for share, store in parts]
+            own = [(factor, source)] if factor or not parts else []
+            put_sum(source, [*own, *terms], is_buffer=i >= len(weights))
+        yield
 
 
 def copy_if_aliased(

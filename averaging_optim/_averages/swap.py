@@ -15,6 +15,16 @@ from averaging_optim._compiling import uncompiled
 Move = Callable[[], AbstractContextManager[None]]
 
 
+@dataclass(frozen=True)
+class Combination:
+    """A weighted sum of averages and weights.
+
+    name: name of an average, or "weights" → factor.
+    """
+
+    name: dict[str, float]
+
+
 class SwapState:
     """Which average of an optimizer is in the model, if any.
 
@@ -27,7 +37,7 @@ class SwapState:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.average: Average | None = None
+        self.average: Average | Combination | None = None
         self.is_superseded = False
         self._holders = 0
         self._moved = ExitStack()
@@ -52,8 +62,8 @@ class SwapState:
                 "Use the AveragingOptimizer that wraps it now."
             )
 
-    def enter(self, average: Average, move: Move) -> None:
-        if average is not self.average:
+    def enter(self, average: Average | Combination, move: Move) -> None:
+        if average != self.average:
             self.refuse(f"swap_to_averaged({average.name!r})")
         if self._holders == 0:
             moved = ExitStack()
@@ -75,7 +85,7 @@ class SwapPart:
     """What a swap does to one optimizer."""
 
     state: SwapState
-    average: Average
+    average: Average | Combination
     move: Move
 
     def enter(self) -> None:

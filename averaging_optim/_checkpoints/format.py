@@ -238,7 +238,7 @@ class _Saved:
             value = without_attributes(self._entry(index).get(AVERAGE + key))
             # torch.distributed.checkpoint leaves out the entries of weights that are frozen now,
             # after it has read into those that are here.
-            if value is None and not is_trained(weight):
+            if AVERAGE + key not in self._entry(index) and not is_trained(weight):
                 continue
             place = PARAMETERS if index in self.apart else "state"
             where = f"{place}[{short_repr(index)}][{AVERAGE + key!r}]"
