@@ -379,6 +379,8 @@ class AveragingOptimizer(Averaged, Optimizer):
             for key, values in averages.items():
                 stores[key].load(targets[key], values)
             self._averages.let_go(checkpoint.without)
+            # An optimizer with a format of its own loads those that it has saved.
+            self._averages.drop_counts_of_others()
             for counter in self._averages.counters():
                 counter.value = checkpoint.counters[counter.key]
             for average in self._averages.values():

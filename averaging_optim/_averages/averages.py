@@ -96,10 +96,7 @@ class Averages(Mapping[str, Average]):
 
     def _count_from_state(self) -> None:
         """Begin at 0, or where the state was saved that the optimizer has loaded."""
-        for group in self._optimizer.param_groups:
-            for key in [key for key in group if str(key).startswith(COUNT)]:
-                if key.removeprefix(COUNT) not in self:
-                    del group[key]
+        self.drop_counts_of_others()
         is_loaded = any(map(self._entries.of, self.state))
         for average in self.values():
             average.n_averaged.value = average.n_averaged.value if average.tensors.tensors else 0
@@ -113,6 +110,13 @@ class Averages(Mapping[str, Average]):
         """Let groups that were added by hand have the counters too."""
         for counter in self.counters():
             counter.value = counter.value
+
+    def drop_counts_of_others(self) -> None:
+        """Remove the counts of averages that there are none of here."""
+        for group in self._optimizer.param_groups:
+            for key in [key for key in group if str(key).startswith(COUNT)]:
+                if key.removeprefix(COUNT) not in self:
+                    del group[key]
 
     def look_up(self) -> Sources:
         """Return what is averaged, as it is now."""

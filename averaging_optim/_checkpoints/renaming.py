@@ -80,7 +80,10 @@ def _rekeyed(
 ) -> dict[Any, Any]:
     result = {}
     for key, value in entry.items():
-        name = key.removeprefix(prefix) if isinstance(key, str) and key.startswith(prefix) else ""
+        if not isinstance(key, str) or not key.startswith(prefix):
+            result[key] = value
+            continue
+        name = key.removeprefix(prefix)
         stem, _, number = name.rpartition("_")
         if name in new:
             to, suffix = new[name], ""
