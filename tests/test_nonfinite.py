@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,19 @@ import torch
 from processes import in_processes
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.optim import SGD
-from training import averages, averaging_sgd, frozen, same, small_model, train, values
+from torch.optim import SGD, Optimizer
+from training import (
+    averages,
+    averaging_sgd,
+    frozen,
+    same,
+    small_model,
+    through_pickle,
+    train,
+    values,
+)
 
-from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
+from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Rule
 
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -201,3 +211,197 @@ def test_a_decay_of_1_keeps_the_first_weights_whatever_comes(value: float) -> No
     optimizer.update_averages()
     assert same([optimizer.state[weight]["averaged_ema"]], [torch.ones(2)])
     assert optimizer.param_groups[0]["n_averaged_ema"] == 2
+
+
+# Parameters that come while they are not finite.
+
+
+def add_group(optimizer: AveragingOptimizer, weight: nn.Parameter) -> None:
+    optimizer.add_param_group({"params": [weight]})
+
+
+def add_to_the_wrapped_optimizer(optimizer: AveragingOptimizer, weight: nn.Parameter) -> None:
+    optimizer.wrapped.add_param_group({"params": [weight]})
+
+
+def add_to_a_group(optimizer: AveragingOptimizer, weight: nn.Parameter) -> None:
+    optimizer.param_groups[0]["params"].append(weight)
+
+
+def unfreeze(optimizer: AveragingOptimizer, weight: nn.Parameter) -> None:
+    weight.requires_grad_(False)
+    add_group(optimizer, weight)
+    optimizer.update_averages()
+    weight.requires_grad_(True)
+
+
+THREE_RULES: dict[str, Rule] = {"ema": EMA(0.5), "swa": SWA(), "last": LAWA(k=2)}
+WAYS = [add_group, add_to_the_wrapped_optimizer, add_to_a_group, unfreeze]
+
+
+def with_one_that_came_later(
+    way: Callable[[AveragingOptimizer, nn.Parameter], None], bad: float
+) -> tuple[list[nn.Parameter], AveragingOptimizer]:
+    """Return a weight that has averages, and one that is not finite and came after these."""
+    first, later = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = AveragingOptimizer(SGD([first], lr=0.1), THREE_RULES, skip_nonfinite=True)
+    optimizer.update_averages()
+    put(later, bad)
+    way(optimizer, later)
+    optimizer.update_averages()
+    return [first, later], optimizer
+
+
+def expected_averages(former: int, present: list[float]) -> dict[str, float]:
+    """Return the averages of a number that starts at its first value, after `former` updates."""
+    swa = ema = present[0]
+    for n, value in enumerate(present[1:], former + 1):
+        swa, ema = swa + (value - swa) / (n + 1), ema + (value - ema) / 2
+    return {"ema": ema, "swa": swa, "last": (present[-1] + present[-2]) / 2}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_comes_while_it_is_not_finite_is_averaged_from_its_first_finite_values_on(
+    way: Callable[[AveragingOptimizer, nn.Parameter], None], bad: float
+) -> None:
+    (first, later), optimizer = with_one_that_came_later(way, bad)
+    former = optimizer.n_averaged("swa")
+    assert optimizer.param_groups[0]["n_skipped"] == 1
+    for value in (4.0, 8.0, 16.0):
+        put(later, value)
+        put(first, value)
+        optimizer.update_averages()
+    expected = expected_averages(former, [4.0, 8.0, 16.0])
+    for name in THREE_RULES:
+        kept = optimizer.state[later][f"averaged_{name}"]
+        # SWA's third of a number is rounded otherwise in float64.
+        torch.testing.assert_close(kept, torch.tensor([1.0, expected[name]]), rtol=1e-6, atol=0)
+        assert optimizer.state[first][f"averaged_{name}"].isfinite().all()
+
+
+def resume(weights: list[nn.Parameter], optimizer: AveragingOptimizer) -> Any:
+    others = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    groups = [{"params": [other]} for other in others]
+    other = AveragingOptimizer(SGD(groups, lr=0.1), THREE_RULES, skip_nonfinite=True)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return others, other
+
+
+def deep_copy(weights: list[nn.Parameter], optimizer: AveragingOptimizer) -> Any:
+    return copy.deepcopy((weights, optimizer))
+
+
+def pickle_all(weights: list[nn.Parameter], optimizer: AveragingOptimizer) -> Any:
+    return through_pickle((weights, optimizer))
+
+
+@pytest.mark.parametrize("act", [resume, deep_copy, pickle_all])
+def test_a_run_that_is_resumed_while_a_new_weight_is_not_finite_goes_on_as_if_it_never_stopped(
+    act: Callable[[list[nn.Parameter], AveragingOptimizer], Any],
+) -> None:
+    weights, optimizer = with_one_that_came_later(add_group, math.nan)
+    others, other = act(weights, optimizer)
+    assert frozen(other.state_dict()) == frozen(optimizer.state_dict())
+    for value in (math.inf, 4.0, 8.0):
+        put(weights[1], value)
+        put(others[1], value)
+        optimizer.update_averages()
+        other.update_averages()
+    assert frozen(other.state_dict()) == frozen(optimizer.state_dict())
+    saved = optimizer.state_dict()["state"]
+    assert all(each.isfinite().all() for entry in saved.values() for each in entry.values())
+
+
+def test_under_the_swap_a_weight_that_was_never_finite_is_none_of_the_others_trouble() -> None:
+    (first, later), optimizer = with_one_that_came_later(add_group, math.nan)
+    put(later, 4.0)
+    with optimizer.swap_to_averaged("swa"):
+        assert same([first], [torch.ones(2)])
+    assert same([later], [torch.tensor([1.0, 4.0])])
+
+
+# Numbers of eight bits, over which torch finds infinities and takes norms in few cases.
+
+EIGHT_BITS = [
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+]
+
+
+def of_eight_bits(dtype: torch.dtype, **options: Any) -> tuple[Tensor, AveragingOptimizer]:
+    weight = nn.Parameter(torch.ones(3).to(dtype))
+    return weight, AveragingOptimizer(SGD([weight], lr=0.1), THREE_RULES, **options)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["kept", "skipped"])
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_weights_of_eight_bits_have_float32_averages(dtype: torch.dtype, skip: bool) -> None:
+    weight, optimizer = of_eight_bits(dtype, skip_nonfinite=skip)
+    for value in (2.0, 4.0, 8.0):
+        weight.data.fill_(value)
+        optimizer.update_averages()
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected = [torch.full((3,), value) for value in (5.5, 6.0)]
+    assert same([averages(optimizer, "ema")[0], averages(optimizer, "last")[0]], expected)
+    with optimizer.swap_to_averaged("last"):
+        assert same([weight], [torch.full((3,), 6.0).to(dtype)])
+    assert same([weight], [torch.full((3,), 8.0).to(dtype)])
+    _, other = of_eight_bits(dtype)
+    other.load_state_dict(saved)
+    assert frozen(other.state_dict()) == frozen(saved)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
+def test_a_weight_of_eight_bits_that_is_not_a_number_is_skipped(dtype: torch.dtype) -> None:
+    weight, optimizer = of_eight_bits(dtype, skip_nonfinite=True)
+    optimizer.update_averages()
+    weight.data.fill_(math.nan)
+    optimizer.update_averages()
+    assert same(averages(optimizer, "ema"), [torch.ones(3)])
+    assert optimizer.param_groups[0]["n_skipped"] == 1
+
+
+class StepsByHand(Optimizer):
+    """SGD for numbers that torch's kernels can't compute with."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    weight.copy_(weight.float() - group["lr"] * weight.grad.float())
+
+
+def test_an_optimizer_that_steps_by_hand_trains_weights_of_eight_bits_and_others_are_frozen() -> (
+    None
+):
+    dtype = torch.float8_e4m3fn
+    weight = nn.Parameter(torch.full((2,), 8.0).to(dtype))
+    fixed = nn.Parameter(torch.full((2,), 3.0).to(dtype), requires_grad=False)
+    optimizer = AveragingOptimizer(StepsByHand([weight, fixed]), SWA(), skip_nonfinite=True)
+    for _ in range(3):
+        weight.grad = torch.full((2,), 2.0).to(dtype)
+        optimizer.step()
+    # The mean of 6, 4 and 2.
+    assert same([optimizer.state[weight]["averaged_swa"]], [torch.full((2,), 4.0)])
+    with optimizer.swap_to_averaged():
+        assert same([weight, fixed], [torch.full((2,), value).to(dtype) for value in (4.0, 3.0)])
+    assert "averaged_swa" not in optimizer.state_dict()["averaged_parameters"][1]
+
+
+def test_buffers_of_eight_bits_are_averaged_and_masks_of_them_copied() -> None:
+    # Of the kinds that torch has, this alone has an infinity.
+    mask = torch.tensor([0.0, -math.inf]).to(torch.float8_e5m2)
+    scale = torch.full((2,), 2.0).to(torch.float8_e4m3fn)
+    _, optimizer = two_weights(buffers=[scale, mask])
+    optimizer.update_averages()
+    scale.copy_(torch.full((2,), 4.0))
+    optimizer.update_averages()
+    kept = optimizer.state_dict()["averaged_buffers"]["swa"]
+    assert same(kept, [torch.full((2,), 3.0), mask.float()])
