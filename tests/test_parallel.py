@@ -5,6 +5,8 @@ All ranks see the same batches, so that the mean gradient of two is that of one 
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 from training import (
     averaging_sgd,
+    frozen,
     gradients_of,
     loss_of_batch,
     model_with_batch_norm,
@@ -341,6 +344,104 @@ def test_one_process_goes_on_from_the_checkpoint_of_two_as_if_it_never_stopped(
     assert_same_life(found[build, form]["life"], live(model, optimizer, 2, first=5))
 
 
+# Averaged buffers, which torch.distributed.checkpoint saves as an object of their own.
+
+
+class WithBuffers(TypedDict):
+    """What a process found of a model with buffers after loading, and how it went on."""
+
+    model: dict[str, Any]
+    averages: dict[str, list[Tensor]]
+    buffers: dict[str, Any]
+    counters: dict[str, int]
+    after: dict[str, Any]
+
+
+def with_batch_norm() -> tuple[nn.Module, AveragingOptimizer]:
+    """Return a model, in DDP if there are several ranks, whose statistics are averaged."""
+    model: nn.Module = model_with_batch_norm()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        model = DistributedDataParallel(model)
+    sgd = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return model, AveragingOptimizer(sgd, RULES, buffers=model)
+
+
+def save_with_buffers(folder: Path) -> None:
+    model, optimizer = with_batch_norm()
+    train(model, optimizer, 4)
+    save_distributed(checkpoint_with_buffers(model, optimizer), checkpoint_id=folder)
+
+
+def load_with_buffers(folder: Path) -> WithBuffers:
+    """Load into a new optimizer; a warning that averages are missing is an error here."""
+    model, optimizer = with_batch_norm()
+    load_all_of(model, optimizer, checkpoint_with_buffers(model, optimizer), folder)
+    return found_with_buffers(model, optimizer)
+
+
+def checkpoint_with_buffers(model: nn.Module, optimizer: AveragingOptimizer) -> dict[str, Any]:
+    weights, state = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": state, "buffers": optimizer.averaged_buffers}
+
+
+def load_all_of(
+    model: nn.Module, optimizer: AveragingOptimizer, checkpoint: dict[str, Any], folder: Path
+) -> None:
+    load_distributed(checkpoint, checkpoint_id=folder)
+    set_model_state_dict(model, checkpoint["model"])
+    set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"])
+
+
+def found_with_buffers(model: nn.Module, optimizer: AveragingOptimizer) -> WithBuffers:
+    found = copy.deepcopy(
+        WithBuffers(
+            model=get_model_state_dict(model),
+            averages=whole_averages(optimizer),
+            buffers=optimizer.state_dict()["averaged_buffers"],
+            counters=counters_of(optimizer),
+            after={},
+        )
+    )
+    train(model, optimizer, 2, first=4)
+    found["after"] = {**optimizer.averaged_buffers.state_dict(), **get_model_state_dict(model)}
+    return found
+
+
+def never_stopped() -> WithBuffers:
+    model, optimizer = with_batch_norm()
+    train(model, optimizer, 4)
+    return found_with_buffers(model, optimizer)
+
+
+@pytest.fixture(scope="module")
+def with_buffers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[WithBuffers]]:
+    """Return the number of ranks that loaded what two have saved → what each of them found.
+
+    None have loaded what is expected: a process that never stopped. It is one of these too, as
+    sums over a batch are rounded otherwise by several threads.
+    """
+    folder = tmp_path_factory.mktemp("buffers")
+    in_processes(2, save_with_buffers, folder)
+    loaded = {ranks: in_processes(ranks, load_with_buffers, folder) for ranks in (1, 3)}
+    return {**loaded, 0: in_processes(1, never_stopped)}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_averaged_buffers_that_two_ranks_saved_are_loaded_by_any_number(
+    with_buffers: dict[int, list[WithBuffers]], ranks: int
+) -> None:
+    (expected,) = with_buffers[0]
+    for found in with_buffers[ranks]:
+        assert frozen({**found, "after": {}}) == frozen({**expected, "after": {}})
+
+
+def test_one_process_averages_buffers_on_as_if_it_never_stopped(
+    with_buffers: dict[int, list[WithBuffers]],
+) -> None:
+    (expected,), (found,) = with_buffers[0], with_buffers[1]
+    assert frozen(found["after"]) == frozen(expected["after"])
+
+
 def export_whole() -> dict[str, Any]:
     model = sharded_model()
     optimizer = averaging_adam(model)
@@ -542,3 +643,136 @@ class TestOneRank:
                 optimizer.state[weight][f"averaged_{name}"] for weight in model.parameters()
             )
             assert same(averaged, [2 * each for each in expected])
+
+    def test_averaged_buffers_are_rolled_back_with_the_averages_of_weights(
+        self, tmp_path: Path
+    ) -> None:
+        model, optimizer = with_batch_norm()
+        train(model, optimizer, 4)
+        save_distributed(checkpoint_with_buffers(model, optimizer), checkpoint_id=tmp_path)
+        before = frozen(optimizer.state_dict())
+        train(model, optimizer, 2, first=4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            load_all_of(model, optimizer, checkpoint_with_buffers(model, optimizer), tmp_path)
+        assert frozen(optimizer.state_dict()) == before
+
+    @pytest.mark.parametrize("damage", ["count", "name", "all"])
+    def test_averaged_buffers_that_do_not_fit_are_refused_and_nothing_changes(
+        self, damage: str
+    ) -> None:
+        damages: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+            "count": (lambda saved: saved.pop("n_averaged_swa"), r"`n_averaged_swa` must be a non"),
+            "name": (
+                lambda saved: saved["averaged_buffers"]["swa"].pop("1.running_var"),
+                r"`averaged_buffers\['swa'\]\['1\.running_var'\]` must be a tensor, got None",
+            ),
+            "all": (
+                lambda saved: saved.pop("averaged_buffers"),
+                r"`averaged_buffers` must be a dict, got None\.",
+            ),
+        }
+        model, optimizer = with_batch_norm()
+        train(model, optimizer, 4)
+        saved = copy.deepcopy(optimizer.averaged_buffers.state_dict())
+        act, message = damages[damage]
+        act(saved)
+        train(model, optimizer, 1, first=4)
+        before = frozen(optimizer.state_dict())
+        with pytest.raises(ValueError, match=message):
+            optimizer.averaged_buffers.load_state_dict(saved)
+        assert frozen(optimizer.state_dict()) == before
+        with (
+            optimizer.swap_to_averaged("ema"),
+            pytest.raises(RuntimeError, match=r"`averaged_buffers\.load_state_dict` is not"),
+        ):
+            optimizer.averaged_buffers.load_state_dict(saved)
+
+    def test_averages_of_weights_that_were_frozen_late_are_rolled_back_in_one_process(
+        self, tmp_path: Path
+    ) -> None:
+        model, optimizer = trained_then_frozen()
+        with pytest.warns(UserWarning, match="load the checkpoint before you freeze them"):
+            weights, state = get_state_dict(model, optimizer)
+        save_distributed({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+        expected = frozen(whole_averages(optimizer))
+        train(model, optimizer, 2, first=5)
+        assert frozen(whole_averages(optimizer)) != expected
+        roll_back(model, optimizer, tmp_path)
+        assert frozen(whole_averages(optimizer)) == expected
+
+    def test_that_averages_of_frozen_weights_do_not_come_back_by_themselves_is_told_once(
+        self,
+    ) -> None:
+        model, optimizer = trained_then_frozen()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            get_state_dict(model, optimizer)
+            get_state_dict(model, optimizer)
+            optimizer.state_dict()
+        told = [str(each.message) for each in caught if "frozen" in str(each.message)]
+        assert len(told) == 1
+        assert told[0].startswith("2 parameters were averaged before they were frozen")
+
+    def test_averages_come_back_in_a_new_process_that_freezes_its_weights_after_loading(
+        self, tmp_path: Path
+    ) -> None:
+        model, optimizer = trained_then_frozen()
+        with pytest.warns(UserWarning, match="were averaged before they were frozen"):
+            weights, state = get_state_dict(model, optimizer)
+        save_distributed({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+        other_model = small_model()
+        other = averaging_adam(other_model)
+        roll_back(other_model, other, tmp_path)
+        other_model[0].requires_grad_(False)
+        assert frozen(whole_averages(other)) == frozen(whole_averages(optimizer))
+        train(model, optimizer, 2, first=5)
+        train(other_model, other, 2, first=5)
+        assert frozen(whole_averages(other)) == frozen(whole_averages(optimizer))
+
+    @pytest.mark.parametrize("order", ["model_first", "optimizer_first"])
+    def test_weights_that_were_always_frozen_are_their_own_averages_as_they_are_loaded(
+        self, order: str, tmp_path: Path
+    ) -> None:
+        model = small_model()
+        model[0].requires_grad_(False)
+        optimizer = averaging_adam(model)
+        train(model, optimizer, 4)
+        weights, state = get_state_dict(model, optimizer)
+        save_distributed({"model": weights, "optimizer": state}, checkpoint_id=tmp_path)
+        other_model = small_model()
+        other_model[0].requires_grad_(False)
+        with torch.no_grad():
+            for weight in other_model.parameters():
+                weight.add_(1)
+        other = averaging_adam(other_model)
+        roll_back(other_model, other, tmp_path, model_first=order == "model_first")
+        for name in RULES:
+            found = other.averaged_state_dict(other_model, name)
+            assert frozen(found) == frozen(optimizer.averaged_state_dict(model, name))
+
+
+def trained_then_frozen() -> tuple[nn.Sequential, AveragingOptimizer]:
+    model = small_model()
+    optimizer = averaging_adam(model)
+    train(model, optimizer, 3)
+    model[0].requires_grad_(False)
+    optimizer.zero_grad()
+    train(model, optimizer, 2, first=3)
+    return model, optimizer
+
+
+def roll_back(
+    model: nn.Module, optimizer: AveragingOptimizer, folder: Path, *, model_first: bool = True
+) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The state dict has no average")
+        warnings.filterwarnings("ignore", message=".*were averaged before they were frozen")
+        weights, state = get_state_dict(model, optimizer)
+        checkpoint: dict[str, Any] = {"model": weights, "optimizer": state}
+        load_distributed(checkpoint, checkpoint_id=folder)
+        if model_first:
+            set_model_state_dict(model, checkpoint["model"])
+        set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"])
+        if not model_first:
+            set_model_state_dict(model, checkpoint["model"])
