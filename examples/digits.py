@@ -91,7 +91,7 @@ def with_averages(model: nn.Module, steps: int) -> AveragingOptimizer:
             "SWA": SWA(start=steps // 2),
             "T_ADEMA": T_ADEMA(alpha=0.995, timescale=200),
         },
-        buffers=model.buffers(),
+        buffers=model,
     )
 
 
@@ -118,7 +118,7 @@ def evaluate(
     for name in optimizer.rules:
         with optimizer.swap_to_averaged(name):
             update_bn(train, model)
-            started = optimizer.param_groups[0][f"n_averaged_{name}"] > 0
+            started = optimizer.n_averaged(name) > 0
             found[name] = accuracy(model, test) if started else math.nan
     return found
 

@@ -112,7 +112,7 @@ def run(seed: int, epochs: int, images: int, pixels: int, progress: tqdm[NoRetur
             "EMA": EMA(decay=0.9),
             "T_ADEMA": T_ADEMA(alpha=0.9),
         },
-        buffers=model.buffers(),
+        buffers=model,
     )
     for _ in range(epochs):
         model.train()
