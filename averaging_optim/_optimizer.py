@@ -63,8 +63,9 @@ class AveragingOptimizer(Averaged, Optimizer):
     averaged first, and the others average what training goes on with. The averages are
     saved, loaded, sharded and moved with the optimizer's state.
 
-    A parameter group with `average=False` is neither averaged nor swapped. Averages are
-    made after the first step, beside the weights as they are then.
+    A parameter group with `average=False` is neither averaged nor swapped. A parameter that
+    requires no gradient has no average until it is unfrozen, and then starts at its present
+    values. Averages are made after the first step, beside the weights as they are then.
 
     Only steps that are taken count: not those that GradScaler skips (with `fused=True`
     finding that out waits for the device), nor calls by which Accelerate, opacus or optimi
@@ -88,10 +89,15 @@ class AveragingOptimizer(Averaged, Optimizer):
         rule: what to average, or a mapping name → rule to keep several averages. A
             rule alone is named after its class in lower case. A function of the number
             of updates so far is a rule too (see `Formula`), named as it is.
-        buffers: e.g. `model.buffers()`, statistics such as BatchNorm's that go with
-            the weights: floating-point ones are averaged, integer ones copied, and so
-            are those with an infinity in them now, such as attention masks. Give them
-            when the model is on its device, for `Module.to` replaces buffers.
+        buffers: the model, whose buffers, such as BatchNorm's statistics, go with the weights.
+            They are looked up by name at each update, so that replaced ones are followed.
+            Or tensors, of which replaced ones are not followed.
+        use_buffers: average floating-point buffers, or copy them along at each update, as
+            `torch.optim.swa_utils.AveragedModel` does by default. Integers, masks that have
+            an infinity when they are first seen, and u and v of spectral norm are copied
+            always.
+        exclude: parameters that are neither averaged nor swapped, or a function of a parameter
+            that says so.
         dtype: floating-point dtype of the averages. By default that of each tensor,
             but float32 for 16 bits or fewer, in which an average stands still.
             Complex tensors use the complex dtype of that precision.
@@ -180,7 +186,7 @@ class AveragingOptimizer(Averaged, Optimizer):
         """Averages of `buffers`, to save in a distributed checkpoint beside the optimizer's state.
 
         `torch.distributed.checkpoint` saves states of parameters only. It saves and loads this
-        object under any key, in the same call as the optimizer's state:
+        object under any key, in the same call as the optimizer's state::
 
             dcp.save({"optimizer": state, "buffers": optimizer.averaged_buffers}, ...)
         """
@@ -273,9 +279,10 @@ class AveragingOptimizer(Averaged, Optimizer):
         return self._averages.named(name).n_averaged.value
 
     def restart(self, name: str | None = None) -> None:
-        """Begin an average anew: its next update copies the weights, as its first one did.
+        """Start an average over: its next update copies the weights, as its first one did.
 
-        Until then it is the present weights. The steps that `start` and `every` count go on.
+        Until then, swapping to it has no effect. `start` and `every` go on counting steps from the
+        beginning of the run.
 
         Args:
             name: which average; all if left out.
@@ -325,9 +332,11 @@ class AveragingOptimizer(Averaged, Optimizer):
 
         `state[i]["averaged_<name>"]` is the average of parameter i, beside the snapshots
         that `LAWA` takes; every parameter group holds `averaging_steps` and an
-        `n_averaged_<name>` for each rule. Averaged buffers are in
-        `averaged_buffers[<name>]`, in the order they were given. Tensors are referenced,
-        not copied, but for averages inside of `swap_to_averaged(in_place=True)`.
+        `n_averaged_<name>` for each rule. If the wrapped optimizer keeps state of other parameters
+        only, as when i has had no gradient yet, the average is in `averaged_parameters[i]`.
+        Averages of buffers are in `averaged_buffers[<name>]`, by their names in the model, or in
+        the order they were given. Tensors are referenced, not copied, but for averages inside of
+        `swap_to_averaged(in_place=True)`.
         If the wrapped optimizer's state dict has a format of its own, it is saved as it is,
         with averages and counters under "averaging_optim".
         """
