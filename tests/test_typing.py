@@ -32,6 +32,7 @@ from averaging_optim import (
     Together,
     describe,
     post_hoc,
+    renamed,
     together,
 )
 
