@@ -163,6 +163,7 @@ class Averaged:
                 and is neither averaged nor left out by `average=False` or `exclude`; the model
                 can't be copied; `into` is no other instance of it.
             TypeError: `into` is no module.
+            RuntimeError: the wrapped optimizer has been wrapped again.
 
         Example:
             >>> import torch
@@ -177,9 +178,11 @@ class Averaged:
         chosen = self._chosen(name)
         inside = self.check_model(model)
         for averages, average in chosen:
+            averages.swap.refuse_if_superseded("averaged_model")
             averages.tell_if_trained_past(average)
             averages.make()
-        stores = [average.tensors for _, average in chosen]
+        # Of a buffer that several optimizers average, a swap leaves the last one's average there.
+        stores = [average.tensors for _, average in reversed(chosen)]
         made = averaged_copy(inside, stores) if into is None else bind(into, inside, stores)
         teacher = Teacher(made, inside, stores)
         for _, average in chosen:
@@ -250,7 +253,8 @@ class Averaged:
             n_averaged: updates the average stands for, at least 1, so that the next
                 update does not copy over it.
             strict: if False, load the entries that fit. Averages of which there is none stay
-                what they are, or start at the present values.
+                what they are, or start at the present values, and count as loaded too; those of
+                an optimizer that nothing was loaded of stay as they are.
 
         Returns:
             `missing_keys`, of tensors that are averaged and were not loaded, and
@@ -292,7 +296,8 @@ class Averaged:
             for store, target in targets:
                 store.load(target, values)
             for averages, average in chosen:
-                averages.note_loading(average, n_averaged)
+                if not values.keys().isdisjoint(averages.sources.all):
+                    averages.note_loading(average, n_averaged)
         return incompatible
 
     def check_model(self, model: nn.Module) -> nn.Module:

@@ -29,6 +29,7 @@ def together(*optimizers: AveragingOptimizer) -> Together:
     What is returned has `swap_to_averaged`, `evaluate_averages`, `averaged_model`,
     `averaged_state_dict` and `load_averaged_state_dict`, as `AveragingOptimizer` has them: for
     all optimizers, or, if one of them raises, for none. Step and save each optimizer as usual.
+    Of buffers that several of them average, the average of the last one is taken.
 
     Args:
         optimizers: each of which has the averages that you ask for by name.

@@ -167,7 +167,7 @@ def everything(model: nn.Module, optimizer: AveragingOptimizer) -> list[Tensor]:
     entries = [state_dict["state"][index] for index in sorted(state_dict["state"])]
     kept = [entry[key] for entry in entries for key in sorted(entry)]
     for buffers in state_dict.get("averaged_buffers", {}).values():
-        kept += buffers
+        kept += buffers.values() if isinstance(buffers, dict) else buffers
     counters = [torch.tensor(group["averaging_steps"]) for group in state_dict["param_groups"]]
     return values([*model.parameters(), *model.buffers(), *kept, *counters])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ TensorGroups = list[list[list[Tensor]]]
 Present = Callable[[Sequence[Tensor]], Sequence[Sequence[Tensor]]]
 
 _Block = tuple[Tensor, Tensor, Tensor]
+
+# Target → backup, of each block that overwrites them now, in the order of entering.
+_overwritten: list[dict[Tensor, Tensor]] = []
+_overwriting = threading.RLock()
 
 
 def numeric_kind(tensor: Tensor) -> str:
@@ -247,31 +252,42 @@ def restored_if_moved(
 
 
 @contextmanager
-def restored_on_exit(
-    targets: Sequence[Tensor], beside: Sequence[Tensor], present: Present
+def overwritten_until_exit(
+    targets: Sequence[Tensor],
+    beside: Sequence[Tensor],
+    overwrite: Callable[[], None],
+    present: Present,
 ) -> Iterator[None]:
-    """On leaving, let the targets have the values that they have now.
+    """Overwrite the targets, and let them have the values that they have now on leaving.
 
     They are backed up, which is over before the block begins, so that leaving allocates nothing.
+    Blocks may overlap: one that is left before a later one of the same target leaves its backup
+    to that.
 
     Args:
         beside: tensors on whose devices the backups are kept.
         present: targets → those that are in the places of each now, which are restored too.
     """
-    backups = _backups(targets, beside)
+    with _overwriting:
+        backups = dict(zip(targets, _backups(targets, beside), strict=True))
+        _overwritten.append(backups)
     try:
+        with _overwriting:
+            overwrite()
         yield
     finally:
-        replaced = [
-            (each, backup)
-            for target, there, backup in zip(targets, present(targets), backups, strict=True)
-            for each in there
-            if each is not target
-        ]
-        _restore(
-            [*targets, *(each for each, _ in replaced)],
-            [*backups, *(backup for _, backup in replaced)],
-        )
+        with _overwriting:
+            _leave_to_later(backups)
+            replaced = [
+                (each, backups[target])
+                for target, there in zip(backups, present(list(backups)), strict=True)
+                for each in there
+                if each is not target
+            ]
+            _restore(
+                [*backups, *(each for each, _ in replaced)],
+                [*backups.values(), *(backup for _, backup in replaced)],
+            )
 
 
 @torch.inference_mode(mode=False)
@@ -325,6 +341,15 @@ def _backups(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[Tenso
             "`swap_to_averaged(in_place=True)`, or keep the averages, and with them the backup, "
             f'in main memory with `device="cpu"`. ({error})'
         ) from error
+
+
+def _leave_to_later(backups: dict[Tensor, Tensor]) -> None:
+    """Take out of these backups what blocks entered later are to restore."""
+    place = next(i for i, each in enumerate(_overwritten) if each is backups)
+    del _overwritten[place]
+    for later in _overwritten[place:]:
+        for target in later.keys() & backups.keys():
+            later[target] = backups.pop(target)
 
 
 def _restore(targets: Sequence[Tensor], backups: Sequence[Tensor]) -> None:

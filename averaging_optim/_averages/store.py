@@ -24,9 +24,9 @@ from averaging_optim._averages.moving import (
     move_toward,
     new_average,
     overlapping,
+    overwritten_until_exit,
     put_sum,
     restored_if_moved,
-    restored_on_exit,
     same_dtype_and_device,
     stay_finite,
     storages,
@@ -137,12 +137,11 @@ class TensorStore:
         others = [source for source in sources if source not in held]
         kept = [self.tensors[other] for other in others]
         with (
-            restored_on_exit(others, kept, present),
+            overwritten_until_exit(others, kept, lambda: copy_into(others, kept), present),
             restored_if_moved(alike, list(held.values()), present),
             exchanged(list(held.values()), [self.tensors[weight] for weight in alike]),
             caches_invalidated(sources),
         ):
-            copy_into(others, kept)
             self._held = held
             try:
                 yield
@@ -239,12 +238,18 @@ def sums_in_place_of(
         present: tensors → those that are in the places of each on leaving.
     """
     sources = [*weights, *buffers]
-    beside = [parts[0][1].tensors[each] for each in sources] if parts else sources
-    with restored_on_exit(sources, beside, present), caches_invalidated(sources):
+
+    def put_sums() -> None:
         for i, source in enumerate(sources):
             terms = [(share, store.tensors[source]) for share, store in parts]
             own = [(factor, source)] if factor or not parts else []
             put_sum(source, [*own, *terms], is_buffer=i >= len(weights))
+
+    beside = [parts[0][1].tensors[each] for each in sources] if parts else sources
+    with (
+        overwritten_until_exit(sources, beside, put_sums, present),
+        caches_invalidated(sources),
+    ):
         yield
 
 

@@ -67,7 +67,7 @@ def read_exported(
                 f"{tuple(weight.shape)}. Load the rest with `strict=False`."
             )
     # Buffers that the model does not persist are in no export of it.
-    wanted = [tensor for each in sources for tensor in each.all if tensor in keys]
+    wanted = dict.fromkeys(tensor for each in sources for tensor in each.all if tensor in keys)
     values, missing = {}, []
     for tensor in wanted:
         key = keys[tensor]
