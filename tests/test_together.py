@@ -291,9 +291,10 @@ def calls_on_leaving() -> int:
     _, *optimizers = trained_pair()
     with ExitStack() as stack, At(0, fail) as counting:
         stack.enter_context(together(*optimizers).swap_to_averaged())
-        entering = next(counting.calls)
+        entering: int = next(counting.calls)
         stack.close()
-    return next(counting.calls) - entering - 1
+    leaving: int = next(counting.calls) - entering - 1
+    return leaving
 
 
 @pytest.mark.parametrize("broken", ["first", "second"])
