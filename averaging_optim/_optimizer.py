@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -30,19 +30,13 @@ from averaging_optim._averages.averages import Averages
 from averaging_optim._averages.steps import is_init_step, share_scaler_state, took_no_step
 from averaging_optim._averages.store import copy_if_aliased
 from averaging_optim._checkpoints.buffers import AveragedBuffers
-from averaging_optim._checkpoints.format import (
-    load_or_roll_back,
-    read_checkpoint,
-    write_checkpoint,
-)
+from averaging_optim._checkpoints.reading import load_or_roll_back, read_checkpoint
+from averaging_optim._checkpoints.writing import write_checkpoint
 from averaging_optim._checks import check_bool
 from averaging_optim._compiling import uncompiled
 from averaging_optim._rules import Rule
 from averaging_optim._signatures import shows_signature_of_wrapped
 from averaging_optim._warnings import warn_user
-
-_Model = TypeVar("_Model", bound=nn.Module)
-_Result = TypeVar("_Result")
 
 # Set by GradScaler, also on an optimizer that has no such attributes yet, and read by fused
 # kernels (torch/amp/grad_scaler.py, `step`).

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from averaging_optim._averages.average import store_keys
 from averaging_optim._averages.averages import COUNT
-from averaging_optim._checkpoints.format import Checkpoint, read_checkpoint
+from averaging_optim._checkpoints.reading import Checkpoint, read_checkpoint
 from averaging_optim._merging import decay_shares, merge, plus
 from averaging_optim._optimizer import AveragingOptimizer
 from averaging_optim._rules import SWA, PowerEMA

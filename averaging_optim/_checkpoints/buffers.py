@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from averaging_optim._averages.averages import COUNT, Averages
-from averaging_optim._checkpoints.format import BUFFERS, checked_count, read_buffers, write_buffers
+from averaging_optim._checkpoints.layout import BUFFERS
+from averaging_optim._checkpoints.reading import checked_count, read_buffers
+from averaging_optim._checkpoints.writing import write_buffers
 from averaging_optim._checks import checked_mapping
 
 

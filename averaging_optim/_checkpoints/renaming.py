@@ -7,7 +7,7 @@ from typing import Any
 
 from averaging_optim._averages.averages import COUNT
 from averaging_optim._averages.entries import AVERAGE
-from averaging_optim._checkpoints.format import BESIDE, BUFFERS, PARAMETERS
+from averaging_optim._checkpoints.layout import BESIDE, BUFFERS, PARAMETERS
 from averaging_optim._checks import checked_mapping, short_repr
 
 

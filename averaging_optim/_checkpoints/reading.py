@@ -1,8 +1,7 @@
-"""Averages in a state dict. What does not fit is refused, and nothing given is changed."""
+"""State dicts read. What does not fit is refused, and nothing given is changed."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,21 +12,15 @@ from torch.optim import Optimizer
 from averaging_optim._averages.averages import COUNT, SKIPPED, STEPS
 from averaging_optim._averages.entries import AVERAGE, check_average, without_attributes
 from averaging_optim._averages.sources import Buffers, Sources, is_trained
-from averaging_optim._averages.store import TensorStore
 from averaging_optim._checkpoints.exports import plain_keys
+from averaging_optim._checkpoints.layout import (
+    BESIDE,
+    BUFFERS,
+    PARAMETERS,
+    is_count,
+    parameters_by_index,
+)
 from averaging_optim._checks import checked_mapping, short_repr
-
-BUFFERS = "averaged_buffers"
-
-# Where averages are of parameters of which the wrapped optimizer keeps nothing, since it would miss
-# its own in an entry that holds averages alone. Frozen parameters that are their own averages have
-# an empty entry here, by which it is known that none was lost.
-PARAMETERS = "averaged_parameters"
-
-# Where averages are if the wrapped optimizer's state dict is not in torch's format.
-BESIDE = "averaging_optim"
-
-_GROUP_KEYS = frozenset({STEPS, SKIPPED, "average"})
 
 # Rules compute with floats, which have no room for every integer.
 _COUNT_LIMIT = 2**63
@@ -51,54 +44,6 @@ class Checkpoint:
     averages: dict[str, dict[Tensor, Tensor]]
     missing: list[str]
     without: list[Tensor]
-
-
-def write_checkpoint(
-    state_dict: Mapping[str, Any],
-    sources: Sources,
-    stores: Mapping[str, TensorStore],
-    *,
-    is_stateless: bool,
-) -> dict[str, Any]:
-    """Return the wrapped optimizer's state dict with the averages in their places.
-
-    If it is not in torch's format, it is left as it is, with one of averages beside it.
-
-    Args:
-        is_stateless: whether the wrapped optimizer keeps no state of any parameter.
-    """
-    if not _is_torchs(state_dict, sources.groups):
-        packed = {"state": {}, "param_groups": _packed(sources.groups)}
-        beside = write_checkpoint(packed, sources, stores, is_stateless=True)
-        return {**state_dict, BESIDE: beside}
-    written = {**state_dict, "state": dict(state_dict["state"])}
-    groups = state_dict["param_groups"]
-    is_begun = any(store.tensors for store in stores.values())
-    for index, weight in _parameters_by_index(groups, sources.groups).items():
-        kept = {
-            AVERAGE + key: store.read(weight)
-            for key, store in stores.items()
-            if weight in store.tensors
-        }
-        if kept and (is_stateless or index in written["state"]):
-            written["state"][index] = {**written["state"].get(index, {}), **kept}
-        elif kept or is_begun:
-            written.setdefault(PARAMETERS, {})[index] = kept
-    if averages := write_buffers(sources.buffers, stores):
-        written[BUFFERS] = averages
-    return written
-
-
-def write_buffers(
-    buffers: Buffers, stores: Mapping[str, TensorStore]
-) -> dict[str, dict[str, Tensor] | list[Tensor]]:
-    """Return key of a store → averages of buffers: by name, or in the order they were given."""
-    written: dict[str, dict[str, Tensor] | list[Tensor]] = {}
-    for key, store in stores.items():
-        if buffers.saved and store.tensors:
-            kept = {name: store.read(buffer) for name, buffer in buffers.saved.items()}
-            written[key] = plain_keys(buffers.module, kept) if buffers.module else [*kept.values()]
-    return written
 
 
 def read_checkpoint(
@@ -197,6 +142,34 @@ def read_buffers(entry: str, saved: Any, buffers: Buffers) -> dict[Tensor, Tenso
     return averages
 
 
+def load_or_roll_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load the state dict of a plain optimizer, which keeps what it has if it refuses.
+
+    Raises:
+        ValueError: it refuses.
+    """
+    # torch has put both in their places before an optimizer's __setstate__ looks at them.
+    parts = {key: part for key, part in vars(optimizer).items() if key in ("state", "param_groups")}
+    try:
+        optimizer.load_state_dict(state_dict)
+    except BaseException as error:
+        optimizer.__dict__.update(parts)
+        if isinstance(error, Exception):
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"`state_dict` must be one that {name} loads, got {short_repr(error)}."
+            ) from error
+        raise
+
+
+def checked_count(entry: str, count: Any) -> int:
+    if type(count) is not int or count < 0:
+        raise ValueError(f"`{entry}` must be a non-negative int, got {short_repr(count)}.")
+    if count >= _COUNT_LIMIT:
+        raise ValueError(f"`{entry}` must be less than 2**63, got {short_repr(count)}.")
+    return count
+
+
 def _has_another_length(value: object, buffer: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.dim() != buffer.dim():
         return False
@@ -268,7 +241,7 @@ def _taken_apart(state_dict: Mapping[str, Any], sources: Sources) -> _Saved:
     state = checked_mapping("state", state_dict.get("state"))
     apart = checked_mapping(PARAMETERS, state_dict.get(PARAMETERS, {}))
     _check_indices(state, apart, groups, sources.groups)
-    parameters = _parameters_by_index(groups, sources.groups)
+    parameters = parameters_by_index(groups, sources.groups)
     return _Saved(
         state=state,
         apart=apart,
@@ -277,44 +250,6 @@ def _taken_apart(state_dict: Mapping[str, Any], sources: Sources) -> _Saved:
         weights={i: each for i, each in parameters.items() if not sources.is_excluded(each)},
         excluded=frozenset(i for i, each in parameters.items() if sources.is_excluded(each)),
     )
-
-
-def _is_torchs(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Return whether a state dict has an index for each parameter of these groups."""
-    saved = state_dict.get("param_groups")
-    if not isinstance(state_dict.get("state"), Mapping) or not isinstance(saved, list):
-        return False
-    sizes = [len(each["params"]) if isinstance(each, Mapping) else -1 for each in saved]
-    return sizes == [len(group["params"]) for group in groups]
-
-
-def _packed(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return groups as torch saves them, with nothing but what concerns averages."""
-    packed, numbers = [], itertools.count()
-    for group in groups:
-        ours = {key: group[key] for key in group if _is_count(key) or key in _GROUP_KEYS}
-        packed.append({**ours, "params": [next(numbers) for _ in group["params"]]})
-    return packed
-
-
-def load_or_roll_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load the state dict of a plain optimizer, which keeps what it has if it refuses.
-
-    Raises:
-        ValueError: it refuses.
-    """
-    # torch has put both in their places before an optimizer's __setstate__ looks at them.
-    parts = {key: part for key, part in vars(optimizer).items() if key in ("state", "param_groups")}
-    try:
-        optimizer.load_state_dict(state_dict)
-    except BaseException as error:
-        optimizer.__dict__.update(parts)
-        if isinstance(error, Exception):
-            name = type(optimizer).__name__
-            raise ValueError(
-                f"`state_dict` must be one that {name} loads, got {short_repr(error)}."
-            ) from error
-        raise
 
 
 def _matching_groups(saved_groups: Any, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -369,23 +304,11 @@ def _is_hashable(value: object) -> bool:
     return True
 
 
-def _parameters_by_index(
-    saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
-) -> dict[Any, Tensor]:
-    """Return index in the state dict → parameter, for the groups that are averaged."""
-    return {
-        index: parameter
-        for saved, group in zip(saved_groups, groups, strict=True)
-        if saved.get("average", True)
-        for index, parameter in zip(saved["params"], group["params"], strict=True)
-    }
-
-
 def _refuse_unknown(saved: _Saved, keys: Mapping[str, Collection[str]]) -> None:
     known = {key for rule_keys in keys.values() for key in rule_keys}
     averages = {AVERAGE + key for key in known}
     counted = {COUNT + key for key in known}
-    counted |= {key for group in saved.groups for key in group if _is_count(key)}
+    counted |= {key for group in saved.groups for key in group if is_count(key)}
     for place, entries in (("state", saved.state), (PARAMETERS, saved.apart)):
         for index, entry in entries.items():
             for key in entry if isinstance(entry, Mapping) and index not in saved.excluded else ():
@@ -401,7 +324,7 @@ def _refuse_unknown(saved: _Saved, keys: Mapping[str, Collection[str]]) -> None:
                     raise ValueError(f"`{where}` must be of a parameter that is averaged here.")
     for i, group in enumerate(saved.groups):
         for key in group:
-            if _is_count(key) and key.removeprefix(COUNT) not in keys:
+            if is_count(key) and key.removeprefix(COUNT) not in keys:
                 where = f"param_groups[{i}][{short_repr(key)}]"
                 raise _no_rule(where, key.removeprefix(COUNT), keys)
     for key in saved.buffers:
@@ -427,10 +350,6 @@ def _rule_of(key: object, counted: Collection[str]) -> str | None:
     return next((each for each in names if COUNT + each in counted), None)
 
 
-def _is_count(key: object) -> bool:
-    return isinstance(key, str) and key.startswith(COUNT)
-
-
 def _checked_count(
     saved_groups: Sequence[Mapping[str, Any]], key: str, required: bool
 ) -> int | None:
@@ -448,14 +367,6 @@ def _checked_count(
                 f"got {count}."
             )
     return counts[0]
-
-
-def checked_count(entry: str, count: Any) -> int:
-    if type(count) is not int or count < 0:
-        raise ValueError(f"`{entry}` must be a non-negative int, got {short_repr(count)}.")
-    if count >= _COUNT_LIMIT:
-        raise ValueError(f"`{entry}` must be less than 2**63, got {short_repr(count)}.")
-    return count
 
 
 def _without_averages(
