@@ -248,7 +248,8 @@ class Averaged:
 
         Args:
             model: a module with all parameters and buffers that are averaged.
-            state_dict: what `averaged_state_dict` returned; left as it is.
+            state_dict: what `averaged_state_dict` returned, or a state dict of the model, also of
+                one that is wrapped otherwise; left as it is.
             name: which average; may be left out if there is only one.
             n_averaged: updates the average stands for, at least 1, so that the next
                 update does not copy over it.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -49,7 +50,8 @@ def read_exported(
         ValueError: an entry does not fit, or the model has not all of the weights.
     """
     present = plain_keys(model, model.state_dict(keep_vars=True))
-    unexpected = [key for key in checked_mapping("state_dict", state_dict) if key not in present]
+    state_dict = _under_keys(present, checked_mapping("state_dict", state_dict))
+    unexpected = [key for key in state_dict if key not in present]
     if unexpected and strict:
         raise ValueError(
             f"`state_dict[{short_repr(unexpected[0])}]` must be an entry of the model's."
@@ -67,10 +69,11 @@ def read_exported(
                 f"{tuple(weight.shape)}. Load the rest with `strict=False`."
             )
     # Buffers that the model does not persist are in no export of it.
-    wanted = dict.fromkeys(tensor for each in sources for tensor in each.all if tensor in keys)
+    averaged = {tensor for each in sources for tensor in each.all}
     values, missing = {}, []
-    for tensor in wanted:
-        key = keys[tensor]
+    for tensor, key in keys.items():
+        if tensor not in averaged:
+            continue
         value = without_attributes(state_dict.get(key))
         if not strict and (value is None or _has_another_shape(value, tensor)):
             missing.append(key)
@@ -79,6 +82,26 @@ def read_exported(
         check_average(f"state_dict[{key!r}]", value, tensor)
         values[tensor] = value
     return values, IncompatibleKeys(missing, unexpected)
+
+
+def _under_keys(keys: Iterable[str], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state dict under these keys where its own are those of wrapped modules.
+
+    So are exports of version 0.1.0, and state dicts of the training weights.
+    """
+    without = defaultdict(list)
+    for key in keys:
+        without[_without_wrappers(key)].append(key)
+    moved = {}
+    for key in state_dict:
+        found = without.get(_without_wrappers(key), []) if isinstance(key, str) else []
+        if len(found) == 1 and found[0] not in state_dict:
+            moved[key] = found[0]
+    return {moved.get(key, key): value for key, value in state_dict.items()}
+
+
+def _without_wrappers(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in ("module", "_orig_mod"))
 
 
 def _has_another_shape(value: object, tensor: Tensor) -> bool:
