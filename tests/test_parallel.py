@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -38,6 +38,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import (
     averaging_sgd,
     frozen,
@@ -506,6 +507,19 @@ def refused_instances() -> list[str]:
 
 
 @trains_with_fsdp
+def test_a_sharded_instance_is_refused_where_parts_are_of_several_sizes() -> None:
+    """As one of three ranks sees it that are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+    try:
+        model = sharded_model()
+        optimizer = averaging_adam(model)
+        with pytest.raises(ValueError, match="`into` must have parameters that FSDP shards evenly"):
+            optimizer.averaged_model(model, "ema", into=sharded_model())
+    finally:
+        dist.destroy_process_group()
+
+
+@trains_with_fsdp
 def test_sharded_models_that_cannot_be_the_average_are_refused_on_all_ranks_alike() -> None:
     """Three ranks have parts of two sizes, and compute with padded copies of them."""
     first, *others = in_processes(3, refused_instances)
@@ -587,6 +601,39 @@ class TestOneRank:
             loss_of_batch(model, 0).backward()
         loss_of_batch(averaged, 0).backward()
         assert same(whole(gradients_of(model)), gradients_of(averaged))
+
+    @trains_with_fsdp
+    def test_a_sharded_averaged_model_follows_what_the_swap_shows(self) -> None:
+        model = sharded_model()
+        optimizer = averaging_adam(model)
+        teacher = optimizer.averaged_model(model, "ema", into=sharded_model())
+        loss_of_batch(teacher, 0)
+        train(model, optimizer, 3)
+        with torch.no_grad(), optimizer.swap_to_averaged("ema"):
+            inside = loss_of_batch(model, 9)
+        assert same([loss_of_batch(teacher, 9)], [inside])
+        with pytest.raises(
+            ValueError, match=r"^`into` must have a '0\.weight' that is spread over"
+        ):
+            optimizer.averaged_model(model, "ema", into=small_model())
+
+    def test_a_copy_of_a_model_of_distributed_tensors_is_of_their_averages(self) -> None:
+        model = small_model()
+        mesh = init_device_mesh("cpu", (1,))
+        for module in model.modules():
+            for key, weight in list(module.named_parameters(recurse=False)):
+                module.register_parameter(key, nn.Parameter(distribute_tensor(weight, mesh)))
+        optimizer = AveragingOptimizer(SGD(model.parameters(), lr=0.1), EMA(0.5))
+        teacher = optimizer.averaged_model(model)
+        optimizer.update_averages()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.zero_()
+        optimizer.update_averages()
+        assert all(isinstance(each, nn.Parameter | DTensor) for each in teacher.parameters())
+        expected = [each * 0.5 for each in small_model().parameters()]
+        assert same(whole(teacher.parameters()), expected)
+        assert not any(each.requires_grad for each in teacher.parameters())
 
     @trains_with_fsdp
     def test_an_export_after_a_forward_alone_is_of_the_whole_model(self) -> None:

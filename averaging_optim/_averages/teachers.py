@@ -51,9 +51,8 @@ class Teacher:
         """
         if self._has_parted:
             return
-        for reference in self._sharded:
-            if (sharded := reference()) is not None:
-                sharded.reshard()  # what was gathered is not the average any more
+        for sharded in filter(None, [reference() for reference in self._sharded]):
+            sharded.reshard()  # what was gathered is not the average any more
         for i, (source, owner, key) in enumerate(self._places):
             parameter, kept = getattr(owner(), key, None), kept_of(source, self._stores)
             if parameter is None or _address(parameter) == (address := _address(kept)):
