@@ -114,7 +114,8 @@ class Averages(Mapping[str, Average]):
     def drop_counts_of_others(self) -> None:
         """Remove the counts of averages that there are none of here."""
         for group in self._optimizer.param_groups:
-            for key in [key for key in group if str(key).startswith(COUNT)]:
+            counts = [key for key in group if isinstance(key, str) and key.startswith(COUNT)]
+            for key in counts:
                 if key.removeprefix(COUNT) not in self:
                     del group[key]
 
