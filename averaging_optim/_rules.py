@@ -115,7 +115,8 @@ class EMA(Rule):
 
     Source: Polyak, Juditsky: Acceleration of stochastic approximation by averaging,
     SIAM J. Control Optim. 30(4), 1992, for averaging; exponential weights are
-    signal processing's. Kingma, Ba: Adam, ICLR 2015, arXiv 1412.6980, for `debias`.
+    signal processing's. Kingma, Ba: Adam, ICLR 2015, arXiv 1412.6980, for `debias`. Compared
+    with torch's `AveragedModel` and timm's `ModelEmaV3`, update by update.
 
     Example:
         >>> EMA(decay=0.75).weight(n_averaged=7)
@@ -207,7 +208,8 @@ class SWA(Rule):
         start, every: see `Rule`.
 
     Source: Izmailov, Podoprikhin, Garipov, Vetrov, Wilson: Averaging Weights Leads to
-    Wider Optima and Better Generalization, UAI 2018, arXiv 1803.05407.
+    Wider Optima and Better Generalization, UAI 2018, arXiv 1803.05407. Compared with torch's
+    `AveragedModel`, update by update.
 
     Example:
         >>> SWA(start=1000, every=10).weight(n_averaged=3)
