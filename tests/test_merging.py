@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,6 +96,20 @@ def to_dcp_of_a_model_alone(weights: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
+def to_dcp_of_a_model_with_a_usual_name(weights: dict[str, Tensor], path: Path) -> Path:
+    """As of a language model whose body is its `model`, beside a head."""
+    return to_dcp_of_a_model_alone(
+        {key if key.startswith("0") else f"model.{key}": value for key, value in weights.items()},
+        path,
+    )
+
+
+def to_pretrained_in_torchs_format(weights: dict[str, Tensor], path: Path) -> Path:
+    path.mkdir()
+    torch.save(weights, path / "pytorch_model.bin")
+    return path
+
+
 def to_shards(weights: dict[str, Tensor], path: Path) -> Path:
     path.mkdir()
     files = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(weights)}
@@ -118,6 +133,7 @@ KINDS: list[Callable[[dict[str, Tensor], Path], Any]] = [
     to_dcp,
     to_dcp_of_a_model_alone,
     to_shards,
+    to_pretrained_in_torchs_format,
 ]
 
 
@@ -137,6 +153,15 @@ def test_checkpoints_of_every_kind_merge_to_the_sum_in_double_precision(
 def test_equal_shares_are_the_mean() -> None:
     saved = three()
     assert frozen(merge(saved)) == frozen(summed(saved, [1 / 3] * 3))
+
+
+def test_no_tensor_is_left_out_of_a_model_that_has_a_part_of_a_usual_name(tmp_path: Path) -> None:
+    saved = three()
+    paths = [
+        to_dcp_of_a_model_with_a_usual_name(weights, tmp_path / str(i))
+        for i, weights in enumerate(saved)
+    ]
+    assert same(merge(paths, SHARES).values(), summed(saved, SHARES).values())
 
 
 def test_kinds_of_checkpoints_may_be_mixed_and_are_left_as_they_are(tmp_path: Path) -> None:
@@ -291,6 +316,33 @@ def test_what_cannot_be_merged_is_refused_by_name(
         merge(*arguments, **options)
 
 
+@pytest.mark.parametrize("shown", [True, False], ids=["with_tqdm", "without"])
+def test_a_bar_is_shown_on_a_terminal_if_tqdm_is_there(
+    shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    if not shown:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    merge([A, A])
+    assert ("checkpoint/s" in capsys.readouterr().err) == shown
+
+
+def test_a_file_or_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"must hold a state dict, got \[1, 2\]"):
+        merge([tmp_path / "list.pt"])
+    with pytest.raises(ValueError, match=r"`checkpoints\[0\]` must be a folder of"):
+        merge([tmp_path / "folder"])
+    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04")
+    with pytest.raises(RuntimeError, match="PytorchStreamReader"):
+        merge([tmp_path / "broken.pt"])
+
+
+def test_a_key_may_have_a_dot_in_it() -> None:
+    assert merge([{"a.b": A, "c": 3}], key="a.b")["w"].tolist() == [1, 1]
+
+
 def test_a_key_chooses_one_of_several_models() -> None:
     saved = [{"net": {"ema": {"w": torch.tensor([i])}, "raw": A}, "model": A} for i in (1.0, 2.0)]
     assert merge(saved, key="net.ema")["w"].item() == 1.5
@@ -323,6 +375,28 @@ def test_memory_is_the_sum_in_double_precision_and_one_tensor_whatever_the_numbe
     assert merged["0"][0] == (n - 1) / 2
     # Eight bytes a weight, one tensor in double precision, and as much again for its product.
     assert most <= 8 * size * (tensors + 2)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_command_writes_a_file_that_is_whole_and_the_only_one(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(to_torch(weights, tmp_path / str(i))) for i, weights in enumerate(three())]
+    out = tmp_path / f"out{suffix}"
+    assert main(["merge", str(out), *paths]) == 0
+    assert capsys.readouterr().out == f"{out}: the average of 3 checkpoints\n"
+    assert frozen(sorted(merge([out]).items())) == frozen(sorted(merge(paths).items()))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["0.pt", "1.pt", "2.pt", out.name]
+    assert main(["merge", str(out), *paths]) == 1
+    assert "OUT must not exist yet" in capsys.readouterr().err
+
+
+def test_the_package_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["averaging_optim", "--help"])
+    monkeypatch.delitem(sys.modules, "averaging_optim.__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("averaging_optim", run_name="__main__")
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

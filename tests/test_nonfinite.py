@@ -405,3 +405,15 @@ def test_buffers_of_eight_bits_are_averaged_and_masks_of_them_copied() -> None:
     optimizer.update_averages()
     kept = optimizer.state_dict()["averaged_buffers"]["swa"]
     assert same(kept, [torch.full((2,), 3.0), mask.float()])
+
+
+def test_averages_of_integers_are_copied_and_not_looked_at() -> None:
+    """Such as 0.1.0 has saved of parameters that are quantized."""
+    weight = nn.Parameter(torch.ones(2))
+    codes = nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+    optimizer = AveragingOptimizer(SGD([weight, codes]), EMA(0.5), skip_nonfinite=True)
+    optimizer.update_averages()
+    optimizer.state[codes]["averaged_ema"] = torch.tensor([0, 0])
+    optimizer.update_averages()
+    assert optimizer.state[codes]["averaged_ema"].tolist() == [1, 2]
+    assert optimizer.n_averaged() == 2

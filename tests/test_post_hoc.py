@@ -409,3 +409,10 @@ def test_a_window_of_anything_else_is_refused(number: int, name: str | None, mes
         saved.append(copy.deepcopy(optimizer.state_dict()))
     with pytest.raises(ValueError, match=message):
         window(saved, model, optimizer, name)
+
+
+def test_a_window_needs_an_averaging_optimizer() -> None:
+    model = small_model()
+    bare: Any = SGD(model.parameters())
+    with pytest.raises(TypeError, match="`optimizer` must be an AveragingOptimizer, got SGD"):
+        window([{}, {}], model, bare)

@@ -197,3 +197,19 @@ def test_a_rule_of_ones_own_may_be_over_the_last_weights() -> None:
         found += averages(optimizer, "fading")
     # The last three: (4 + 8) / 2 and a quarter toward 16, (8 + 16) / 2 and a quarter toward 32, …
     assert [each.item() for each in found] == [4, 6, 8.5, 17, 34]
+
+
+class Oldest(Rule):
+    """The oldest of the last three weights, of which later ones have no share."""
+
+    snapshots = 2
+
+    def weight(self, n_averaged: int) -> float:
+        return 0.0
+
+
+def test_snapshots_of_share_0_leave_the_oldest_weights() -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, {"oldest": Oldest()})
+    snapshots = train(model, optimizer, 6)
+    assert same(averages(optimizer, "oldest"), snapshots[-3])

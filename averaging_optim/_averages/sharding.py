@@ -20,11 +20,8 @@ def sharding_of(tensor: Tensor) -> Any:
 
 
 def is_uneven(tensor: Tensor) -> bool:
-    """Return whether ranks have parts of different sizes."""
-    sharding = sharding_of(tensor)
-    if sharding is None:
-        return False
-    mesh, placements = sharding
+    """Return whether ranks have parts of different sizes of this DTensor."""
+    mesh, placements = sharding_of(tensor)
     return any(
         hasattr(each, "dim") and tensor.shape[each.dim] % mesh.size(i) != 0
         for i, each in enumerate(placements)

@@ -231,7 +231,7 @@ def _check_parameters(into: nn.Module, wanted: Mapping[str, Tensor]) -> None:
                 f"`into` must have a {name!r} that is spread over devices as the model's is, "
                 f"{sharding_of(source)}, got {sharding_of(own[name])}."
             )
-        if pads and is_uneven(source):
+        if pads and sharding_of(source) and is_uneven(source):
             raise ValueError(
                 f"`into` must have parameters that FSDP shards evenly, got {name!r} of shape "
                 f"{tuple(source.shape)}, of which it computes with a padded copy. Use "

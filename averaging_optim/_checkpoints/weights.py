@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,42 +154,29 @@ def _of_dcp(label: str, path: Path, key: str | None) -> SavedWeights:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    saved = FileSystemReader(path).read_metadata().state_dict_metadata
-    entries = {
-        name: each for name, each in saved.items() if isinstance(each, TensorStorageMetadata)
-    }
-    heads = dict.fromkeys(name.partition(".")[0] for name in entries)
-    usual = [each for each in _USUAL_KEYS if each in heads]
-    if key is None and len(usual) > 1:
-        raise ValueError(
-            f"`{label}` must hold the weights of one model, got {short_list(usual)}. Say which by "
-            "`key`."
-        )
-    prefix = f"{usual[0] if key is None and usual else key}." if key or usual else ""
-    names = {name.removeprefix(prefix): name for name in entries if name.startswith(prefix)}
-    if not names:
-        raise ValueError(
-            f"`key` must say where the weights are in `{label}`, which has "
-            f"{short_list(list(heads))}, got {key!r}."
-        )
+    metadata = FileSystemReader(path).read_metadata()
+    entries = metadata.state_dict_metadata
+    # Flat name → keys of the nested dict that was saved.
+    paths = metadata.planner_data or {name: (name,) for name in entries}
+    nested: dict[Any, Any] = {}
+    names: dict[int, str] = {}
+    for name, entry in entries.items():
+        if isinstance(entry, TensorStorageMetadata):
+            *outer, last = paths[name]
+            inner = functools.reduce(lambda each, part: each.setdefault(part, {}), outer, nested)
+            inner[last] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            names[id(inner[last])] = name
+    saved = _of_state_dict(label, nested, key)
 
     def read(name: str) -> Tensor:
-        entry = entries[names[name]]
-        target = torch.empty(entry.size, dtype=entry.properties.dtype)
+        without_values = saved.read(name)
+        target = torch.empty_like(without_values, device="cpu")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-            load({names[name]: target}, checkpoint_id=path)
+            load({names[id(without_values)]: target}, checkpoint_id=path)
         return target
 
-    tensors = {
-        name: (tuple(entries[full].size), _kind_of(entries[full].properties.dtype))
-        for name, full in names.items()
-    }
-    return SavedWeights(label, tensors, {}, read)
-
-
-def _kind_of(dtype: torch.dtype) -> str:
-    return numeric_kind(torch.empty(0, dtype=dtype))
+    return replace(saved, read=read)
 
 
 def _loaded(path: Path) -> Mapping[str, Any]:
