@@ -157,8 +157,11 @@ def through_pickle(thing: Any) -> Any:
 
 def averages(optimizer: AveragingOptimizer, name: str) -> list[Tensor]:
     """Return the averages of all parameters, in the order of the state dict."""
-    state = optimizer.state_dict()["state"]
-    return [state[index][f"averaged_{name}"].clone() for index in sorted(state)]
+    state_dict, key = optimizer.state_dict(), f"averaged_{name}"
+    # Of parameters of which the wrapped optimizer keeps nothing, as LBFGS of all but one.
+    apart = state_dict.get("averaged_parameters", {})
+    entries = {**state_dict["state"], **{index: apart[index] for index in apart if apart[index]}}
+    return [entries[index][key].clone() for index in sorted(entries)]
 
 
 def everything(model: nn.Module, optimizer: AveragingOptimizer) -> list[Tensor]:
