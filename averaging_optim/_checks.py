@@ -50,6 +50,16 @@ def short_repr(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
+def check_checkpoints(checkpoints: object) -> None:
+    """Raise unless this is a sequence of at least one checkpoint."""
+    if isinstance(checkpoints, str) or not isinstance(checkpoints, Sequence):
+        raise TypeError(
+            f"`checkpoints` must be a sequence of state dicts or paths, got {checkpoints!r}."
+        )
+    if len(checkpoints) == 0:
+        raise ValueError("`checkpoints` must hold at least one, got none.")
+
+
 def short_list(names: Sequence[str]) -> str:
     """Return names as an error shows them: the first few, and how many there are more."""
     shown = ", ".join(map(repr, names[:5]))

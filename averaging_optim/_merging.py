@@ -13,7 +13,7 @@ from torch import Tensor
 
 from averaging_optim._averages.moving import has_infinity, numeric_kind
 from averaging_optim._checkpoints.weights import AnyWeights, SavedWeights, open_weights
-from averaging_optim._checks import check_integer, check_real, short_repr
+from averaging_optim._checks import check_checkpoints, check_integer, check_real, short_repr
 
 # Decays of the learning rate over a time from 0 to 1.
 _DECAYS: dict[str, Callable[[float], float]] = {
@@ -62,7 +62,12 @@ def merge(
         >>> merge([{"weight": torch.tensor([0.0])}, {"weight": torch.tensor([1.0])}])
         {'weight': tensor([0.5000])}
     """
-    _check_checkpoints(checkpoints)
+    check_checkpoints(checkpoints)
+    for i, each in enumerate(checkpoints):
+        if not isinstance(each, Mapping | str | os.PathLike):
+            raise TypeError(
+                f"`checkpoints[{i}]` must be a state dict or a path, got {short_repr(each)}."
+            )
     factors = _checked_shares(shares, len(checkpoints))
     labels = [f"checkpoints[{i}]" for i in range(len(checkpoints))]
     first = open_weights(labels[0], checkpoints[0], key)
@@ -125,20 +130,6 @@ def plus(sum_: Tensor | None, tensor: Tensor, factor: float) -> Tensor:
     double = torch.complex128 if tensor.is_complex() else torch.float64
     tensor = tensor.to("cpu", double)
     return factor * tensor if sum_ is None else sum_.add_(tensor, alpha=factor)
-
-
-def _check_checkpoints(checkpoints: object) -> None:
-    if isinstance(checkpoints, str) or not isinstance(checkpoints, Sequence):
-        raise TypeError(
-            f"`checkpoints` must be a sequence of state dicts or paths, got {checkpoints!r}."
-        )
-    if not checkpoints:
-        raise ValueError("`checkpoints` must hold at least one, got none.")
-    for i, each in enumerate(checkpoints):
-        if not isinstance(each, Mapping | str | os.PathLike):
-            raise TypeError(
-                f"`checkpoints[{i}]` must be a state dict or a path, got {short_repr(each)}."
-            )
 
 
 def _checked_shares(shares: Sequence[float] | None, n: int) -> list[float]:

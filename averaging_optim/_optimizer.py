@@ -342,7 +342,7 @@ class AveragingOptimizer(Averaged, Optimizer):
         self._averages.spread_counters()
         state_dict = write_checkpoint(
             self._wrapped.state_dict(),
-            self._averages.look_up(),
+            self._averages.sources,
             self._averages.stores,
             is_stateless=not self._averages.state.kept,
         )

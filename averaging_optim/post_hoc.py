@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from averaging_optim._averages.average import store_keys
 from averaging_optim._averages.averages import COUNT
 from averaging_optim._checkpoints.reading import Checkpoint, read_checkpoint
+from averaging_optim._checks import check_checkpoints
 from averaging_optim._merging import decay_shares, merge, plus
 from averaging_optim._optimizer import AveragingOptimizer
 from averaging_optim._rules import SWA, PowerEMA
@@ -284,12 +285,7 @@ def _read(
     checkpoints: Sequence[AnyCheckpoint], optimizer: AveragingOptimizer
 ) -> Iterator[Checkpoint]:
     """Yield what each checkpoint holds for this optimizer, one at a time."""
-    if isinstance(checkpoints, str) or not isinstance(checkpoints, Sequence):
-        raise TypeError(
-            f"`checkpoints` must be a sequence of state dicts or paths, got {checkpoints!r}."
-        )
-    if len(checkpoints) == 0:
-        raise ValueError("`checkpoints` must hold at least one, got none.")
+    check_checkpoints(checkpoints)
     keys = {name: store_keys(name, rule) for name, rule in optimizer.rules.items()}
     for i, each in enumerate(checkpoints):
         state_dict = _state_dict(each)

@@ -30,6 +30,11 @@ SKIPPED = "n_skipped"
 COUNT = "n_averaged_"
 
 
+def is_count(key: object) -> bool:
+    """Return whether a key in a parameter group is that of an average's count."""
+    return isinstance(key, str) and key.startswith(COUNT)
+
+
 class Averages(Mapping[str, Average]):
     """Name → average, updated together.
 
@@ -114,8 +119,7 @@ class Averages(Mapping[str, Average]):
     def drop_counts_of_others(self) -> None:
         """Remove the counts of averages that there are none of here."""
         for group in self._optimizer.param_groups:
-            counts = [key for key in group if isinstance(key, str) and key.startswith(COUNT)]
-            for key in counts:
+            for key in list(filter(is_count, group)):
                 if key.removeprefix(COUNT) not in self:
                     del group[key]
 

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from averaging_optim._averages.averages import COUNT
-
 BUFFERS = "averaged_buffers"
 
 # Where averages are of parameters of which the wrapped optimizer keeps nothing, since it would miss
@@ -30,7 +28,3 @@ def parameters_by_index(
         if saved.get("average", True)
         for index, parameter in zip(saved["params"], group["params"], strict=True)
     }
-
-
-def is_count(key: object) -> bool:
-    return isinstance(key, str) and key.startswith(COUNT)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from averaging_optim._averages.averages import COUNT, SKIPPED, STEPS
+from averaging_optim._averages.averages import COUNT, SKIPPED, STEPS, is_count
 from averaging_optim._averages.entries import AVERAGE, check_average, without_attributes
 from averaging_optim._averages.sources import Buffers, Sources, is_trained
 from averaging_optim._checkpoints.exports import plain_keys
@@ -17,7 +17,6 @@ from averaging_optim._checkpoints.layout import (
     BESIDE,
     BUFFERS,
     PARAMETERS,
-    is_count,
     parameters_by_index,
 )
 from averaging_optim._checks import checked_mapping, short_repr
@@ -208,10 +207,11 @@ class _Saved:
         for index, weight in self.weights.items():
             if self._was_frozen(index):
                 continue
-            value = without_attributes(self._entry(index).get(AVERAGE + key))
+            entry = self._entry(index)
+            value = without_attributes(entry.get(AVERAGE + key))
             # torch.distributed.checkpoint leaves out the entries of weights that are frozen now,
             # after it has read into those that are here.
-            if AVERAGE + key not in self._entry(index) and not is_trained(weight):
+            if AVERAGE + key not in entry and not is_trained(weight):
                 continue
             place = PARAMETERS if index in self.apart else "state"
             where = f"{place}[{short_repr(index)}][{AVERAGE + key!r}]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from averaging_optim._averages.averages import COUNT
+from averaging_optim._averages.averages import COUNT, is_count
 from averaging_optim._averages.entries import AVERAGE
 from averaging_optim._checkpoints.layout import BESIDE, BUFFERS, PARAMETERS
 from averaging_optim._checks import checked_mapping, short_repr
@@ -44,7 +44,7 @@ def renamed(state_dict: Mapping[str, Any], names: Mapping[str, str | None]) -> d
         key.removeprefix(COUNT)
         for i, group in enumerate(groups)
         for key in checked_mapping(f"param_groups[{i}]", group)
-        if isinstance(key, str) and key.startswith(COUNT)
+        if is_count(key)
     }
     new = _new_names(checked_mapping("names", names), present)
     result = {**state_dict, "param_groups": [_rekeyed(group, COUNT, new) for group in groups]}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from averaging_optim._averages.averages import SKIPPED, STEPS
+from averaging_optim._averages.averages import SKIPPED, STEPS, is_count
 from averaging_optim._averages.entries import AVERAGE
 from averaging_optim._averages.sources import Buffers, Sources
 from averaging_optim._averages.store import TensorStore
@@ -17,7 +17,6 @@ from averaging_optim._checkpoints.layout import (
     BESIDE,
     BUFFERS,
     PARAMETERS,
-    is_count,
     parameters_by_index,
 )
 
