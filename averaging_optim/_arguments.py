@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TypeGuard
 
 import torch
@@ -37,6 +37,19 @@ def check_optimizer(optimizer: object) -> None:
         check_group(group)
         for weight in group["params"]:
             _check_memory("optimizer", weight)
+
+
+def checked_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a model, which must be whole."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
+    parameters = list(model.parameters())
+    if not any(is_lazy(each) or each.numel() for each in parameters):
+        raise ValueError(
+            f"`model` must have parameters that are not empty, got a {type(model).__name__} of "
+            f"{len(parameters)} empty ones. DeepSpeed's ZeRO-3 keeps them elsewhere: use ZeRO-2."
+        )
+    return parameters
 
 
 def check_group(group: object) -> None:
@@ -89,12 +102,24 @@ def checked_buffers(
         rule = "a model or an iterable of tensors"
         found = Buffers(_checked_tensors("buffers", buffers, rule), use_buffers)
     trained = {weight for group in optimizer.param_groups for weight in group["params"]}
+    if isinstance(buffers, nn.Module):
+        _check_trains(trained, buffers)
     for key, buffer in found.by_key.items():
         which = "one" if found.module is None else repr(key)
         _check_memory("buffers", buffer, which)
         if buffer in trained:
             raise ValueError(f"`buffers` must hold no parameter that is trained, got {which}.")
     return found
+
+
+def _check_trains(trained: Collection[Tensor], model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    if parameters and not any(each in trained for each in parameters):
+        raise ValueError(
+            f"`buffers` must be the model that the optimizer trains, got a {type(model).__name__} "
+            "without any parameter of `param_groups`. If the optimizer trains copies of the "
+            "weights, as DeepSpeed's does, use `AveragingOptimizer.of(model, rule)`."
+        )
 
 
 def checked_exclude(

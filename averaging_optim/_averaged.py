@@ -324,7 +324,9 @@ class Averaged:
         if averaged.isdisjoint([*inside.parameters(), *inside.buffers()]):
             raise ValueError(
                 "`model` must have parameters that this optimizer averages, got a "
-                f"{type(inside).__name__} with none. Pass the model it was made for."
+                f"{type(inside).__name__} with none. Pass the model it was made for. If the "
+                "optimizer trains copies of the weights, as DeepSpeed's does, use "
+                "`AveragingOptimizer.of(model, rule)`."
             )
         raw = [
             name

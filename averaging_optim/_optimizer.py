@@ -21,6 +21,7 @@ from averaging_optim._arguments import (
     checked_device,
     checked_dtype,
     checked_exclude,
+    checked_parameters,
     checked_rules,
     rounds_at_random,
 )
@@ -34,6 +35,7 @@ from averaging_optim._checkpoints.reading import load_or_roll_back, read_checkpo
 from averaging_optim._checkpoints.writing import write_checkpoint
 from averaging_optim._checks import check_bool
 from averaging_optim._compiling import uncompiled
+from averaging_optim._idle import Idle
 from averaging_optim._rules import Rule
 from averaging_optim._signatures import shows_signature_of_wrapped
 from averaging_optim._warnings import warn_user
@@ -159,6 +161,63 @@ class AveragingOptimizer(Averaged, Optimizer):
             former.swap.is_superseded = True
         # `Optimizer.__init__` would make parameter groups; this makes hooks and nothing else.
         self.__setstate__({"_wrapped": optimizer, "_averages": averages})
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        rule: AnyRule | Mapping[str, AnyRule],
+        *,
+        use_buffers: bool = True,
+        exclude: Iterable[Tensor] | Callable[[Tensor], bool] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        rounding: str = "nearest",
+        skip_nonfinite: bool = False,
+    ) -> AveragingOptimizer:
+        """Average a model that something else trains, such as DeepSpeed.
+
+        Call `step()` after each step of whatever trains the model: it averages the weights and
+        changes nothing else. Save and load what this returns as you would an optimizer.
+
+        Use it where the optimizer trains copies of the weights (master weights) that it writes into
+        the model after each step: wrapping such an optimizer would average the copies, which a swap
+        can't put into the model. A rule that writes into the weights (`Lookahead`, `SwitchEMA`) has
+        no effect on such training, as the copies overwrite what it has written.
+
+        Args:
+            model: its parameters and buffers are averaged. They must be there in full: under
+                DeepSpeed's ZeRO-3 they are not.
+            rule, use_buffers, exclude, dtype, device, rounding, skip_nonfinite: as for
+                `AveragingOptimizer(...)`.
+
+        Raises:
+            TypeError: an argument is of the wrong type.
+            ValueError: an argument has the right type and a wrong value.
+
+        Example:
+            >>> import torch
+            >>> from averaging_optim import EMA, AveragingOptimizer
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> averaged = AveragingOptimizer.of(model, EMA(decay=0.5))
+            >>> for value in (2.0, 4.0):
+            ...     _ = model.weight.data.fill_(value)  # a step of whatever trains the model
+            ...     averaged.step()
+            >>> with averaged.swap_to_averaged():
+            ...     model.weight.item()
+            3.0
+        """
+        return cls(
+            Idle(checked_parameters(model)),
+            rule,
+            buffers=model,
+            use_buffers=use_buffers,
+            exclude=exclude,
+            dtype=dtype,
+            device=device,
+            rounding=rounding,
+            skip_nonfinite=skip_nonfinite,
+        )
 
     @property
     def wrapped(self) -> Optimizer:
@@ -317,6 +376,7 @@ class AveragingOptimizer(Averaged, Optimizer):
         with self._averages.writing("add_param_group"):
             check_group(param_group)
             self._wrapped.add_param_group(param_group)
+            self._averages.given.add(self._wrapped.param_groups[-1]["params"])
             self._averages.spread_counters()
             if any(store.tensors for store in self._averages.stores.values()):
                 self._averages.make()
@@ -479,6 +539,7 @@ class AveragingOptimizer(Averaged, Optimizer):
         with averages.swap.lock:
             averages.swap.refuse("step")
             averages.is_stepping = True
+        averages.note_training()
         if averages.steps.value == 0 and not is_init_step(self._wrapped.param_groups):
             averages.begin()
         if grad_scaler is not None:

@@ -243,3 +243,55 @@ def test_a_train_step_that_is_compiled_whole_equals_the_eager_one(options: dict[
         assert same(step, expected_step)
     for name in RULES["all"]:
         assert same(averages(optimizer, name), averages(eager, name))
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("build", [sgd, adam])
+def test_a_step_that_must_be_one_graph_is_refused_by_torch_with_and_without_the_wrapper(
+    build: Callable[[nn.Module], Optimizer], is_wrapped: bool
+) -> None:
+    optimizer = build(model := small_model())
+    step = AveragingOptimizer(optimizer, EMA(0.9)).step if is_wrapped else optimizer.step
+    loss_of_batch(model, 0).backward()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(step, backend="eager", fullgraph=True)()
+
+
+def own_hooks(optimizer: AveragingOptimizer, hook: Callable[..., None]) -> None:
+    optimizer.register_step_pre_hook(hook)
+    optimizer.register_step_post_hook(hook)
+
+
+def hooks_of_wrapped(optimizer: AveragingOptimizer, hook: Callable[..., None]) -> None:
+    optimizer.wrapped.register_step_pre_hook(hook)
+    optimizer.wrapped.register_step_post_hook(hook)
+
+
+@pytest.mark.parametrize("register", [own_hooks, hooks_of_wrapped])
+def test_hooks_of_a_compiled_step_run_once_a_step(
+    register: Callable[[AveragingOptimizer, Callable[..., None]], None],
+) -> None:
+    optimizer = averaging_sgd(model := small_model(), EMA(0.9))
+    calls = []
+    register(optimizer, lambda *_: calls.append(optimizer.n_averaged()))
+    compiled = Compiled(optimizer)
+    for number in range(3):
+        model.zero_grad()
+        loss_of_batch(model, number).backward()
+        compiled.step()
+    assert calls == ([0, 1, 1, 2, 2, 3] if register is own_hooks else [0, 0, 1, 1, 2, 2])
+
+
+@with_compiler
+def test_a_model_compiled_with_freezing_keeps_the_weights_that_it_was_compiled_with() -> None:
+    model = small_model()
+    optimizer = averaging_sgd(model, EMA(0.9))
+    train(model, optimizer, 3)
+    batch = torch.ones(2, 3)
+    compiled = torch.compile(model.eval())
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        expected = compiled(batch)
+        with optimizer.swap_to_averaged():
+            assert torch.equal(compiled(batch), expected)
+        model.load_state_dict(small_model().state_dict())
+        assert torch.equal(compiled(batch), expected)

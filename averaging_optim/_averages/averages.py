@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from averaging_optim._averages.average import Average, Counter
+from averaging_optim._averages.copies import Given
 from averaging_optim._averages.entries import AVERAGE, Entries
 from averaging_optim._averages.moving import move_toward
 from averaging_optim._averages.past import TrainedPast, trains
@@ -85,6 +86,7 @@ class Averages(Mapping[str, Average]):
         self.is_stepping = False
         self._has_told_of_frozen = False
         self._past = TrainedPast()
+        self.given = Given(self._parameters())
         self._count_from_state()
 
     def __getitem__(self, name: str) -> Average:
@@ -205,6 +207,12 @@ class Averages(Mapping[str, Average]):
         self._unchecked.clear()
         return True
 
+    def note_training(self) -> None:
+        """Note that training begins or goes on, with the parameters that are there now."""
+        if not self.given.has_begun:
+            self.given.compare(self._parameters())
+            self.given.has_begun = True
+
     def watch_steps(self) -> None:
         """See steps of the wrapped optimizer that are not taken through this one."""
         weak = ref(self)
@@ -262,6 +270,12 @@ class Averages(Mapping[str, Average]):
         """Warn, once, if weights were trained that the average lacks."""
         if told := self._past.message(average, self.steps.value, bool(self.state.kept)):
             warn_user(told)
+        self.given.compare(self._parameters())
+        if told := self.given.message():
+            warn_user(told)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def named(self, name: str | None) -> Average:
         """Return the average of this name, which may be None if there is only one.
