@@ -1,4 +1,4 @@
-"""What may be done with averages: evaluate, copy, export and load them."""
+"""What you can do with averages: evaluate, copy, export and load them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _Result = TypeVar("_Result")
 
 
 class Averaged:
-    """One optimizer or several, whose averages of one name are one average of all they train."""
+    """One optimizer, or several whose averages of one name are used as one."""
 
     def swap_to_averaged(
         self, name: str | Mapping[str, float] | None = None, *, in_place: bool = False
     ) -> Swap:
-        """Evaluate with averaged weights: they are in the model until the block is left.
+        """Evaluate with averaged weights: inside the block, they are in the model.
 
         Example:
             >>> import torch
@@ -45,37 +45,36 @@ class Averaged:
             >>> weight.item()
             4.0
 
-        On leaving, weights and buffers are bit for bit what they were on entering, also after
-        an exception and whatever has been written into them inside, as by
-        `torch.optim.swa_utils.update_bn`, by `Embedding(max_norm=...)` or by adapters that
-        merge in `eval()`. Casting or moving the model inside is fine: the training weights
-        come back in the new dtype and place. Averages are only read.
+        After the block, weights and buffers are bit for bit what they were before it, even after
+        an exception or if code inside writes into them, as `torch.optim.swa_utils.update_bn`,
+        `Embedding(max_norm=...)` and adapters that merge in `eval()` do. Averages are only read.
+        Casting or moving the model inside is fine: the training weights come back in the new dtype
+        and on the new device.
 
-        Values move, tensors stay where they are. The weights are backed up where the averages
-        are, which takes their memory once more. Ctrl-C and other signals with a handler in
-        Python wait while values move.
+        The weights are backed up on the averages' device, which takes as much memory as they do.
+        The parameters stay the same tensors in the same memory; only their values change. Ctrl-C
+        and other signals with a Python handler are deferred while values move.
 
-        Until a rule's first update, swapping to it has no effect. Swaps to the same average
-        may overlap, nested or not, in one thread or several: the weights come back when the
-        last of them is left.
+        Until a rule's first update, swapping to it has no effect. Swaps to the same average may
+        overlap, in one thread or several: the weights come back at the end of the last one.
 
         Args:
-            name: which average; may be left out if there is only one. A mapping name → factor,
-                "weights" among the names, gives their weighted sum, in at least float32.
-            in_place: exchange weights and averages, through a scratch of a few MiB, instead
-                of backing the weights up. Then nothing inside may write into the weights, or
-                it is in the average for good; what was handed out of the averages before
-                (a state dict, `averaged_model`) holds the weights inside; and leaving a swap
-                must not fail. Only for averages of the dtype and device of their weights,
-                which share no memory; others are backed up all the same.
+            name: which average. You may leave it out if there is only one. A mapping
+                name → factor, where "weights" is a name too, gives a weighted sum, computed in
+                float32 or higher precision.
+            in_place: exchange weights and averages through a few MiB of scratch memory instead of
+                making a backup. Use it if memory is short, and then don't write into the weights
+                inside: that would change the average. Tensors that you got earlier from a state
+                dict or `averaged_model` hold the training weights inside, and an error on leaving
+                can't be undone. Averages whose dtype or device differs from their weights', or that
+                share memory, are backed up anyway.
 
         Raises:
-            ValueError: there is no average of this name, or several and no name, or a sum is to be
-                exchanged `in_place`.
-            RuntimeError: inside a swap to another average, while `step` runs, inside a
-                function that torch.func transforms, or if what is returned is entered or
-                left twice.
-            torch.OutOfMemoryError: there is no room for the backup; nothing has changed.
+            ValueError: there is no average of this name, or several and no name, or `in_place` is
+                True for a weighted sum.
+            RuntimeError: inside a swap to another average, while `step` runs, inside a function
+                that torch.func transforms, or if you enter or leave the returned object twice.
+            torch.OutOfMemoryError: there is no memory for the backup. Nothing has changed.
         """
         check_bool("in_place", in_place)
         if isinstance(name, Mapping):
@@ -87,22 +86,7 @@ class Averaged:
         return Swap([averages.swap_to(average, in_place=in_place) for averages, average in chosen])
 
     def evaluate_averages(self, evaluate: Callable[[], _Result]) -> dict[str, _Result]:
-        """Return what `evaluate` returns of the weights as they are, and under each average.
-
-        An average that has no updates yet, as before its `start`, is the weights.
-
-        Args:
-            evaluate: called once for each; under the average as in `swap_to_averaged`. Tensors
-                that it returns must be copies: `model.state_dict` would return the weights
-                that are there afterwards.
-
-        Returns:
-            name of the rule → result, with that of the training weights under "weights",
-            the first.
-
-        Raises:
-            RuntimeError: inside `swap_to_averaged`.
-            ValueError: a rule is named "weights".
+        """Call `evaluate` with the training weights and with each average; return the results.
 
         Example:
             >>> import torch
@@ -114,6 +98,19 @@ class Averaged:
             >>> _ = weight.data.fill_(4.0)
             >>> optimizer.evaluate_averages(weight.item)
             {'weights': 4.0, 'fast': 2.0, 'mean': 2.0}
+
+        An average that has had no update yet gives the result of the training weights.
+
+        Args:
+            evaluate: called once for each. If it returns tensors of the model, it must copy them:
+                `model.state_dict` would show the training weights afterwards.
+
+        Returns:
+            name → result. The first is "weights", for the training weights.
+
+        Raises:
+            RuntimeError: inside `swap_to_averaged`.
+            ValueError: a rule is named "weights".
         """
         names = list(self._each[0].rules)
         for averages in self._each:
@@ -136,35 +133,6 @@ class Averaged:
     ) -> _Model:
         """Return a copy of the model whose parameters are the averages.
 
-        They are the same memory, without gradients: always up to date, for teachers and
-        for evaluating beside training. Parameters that are not averaged are the model's own,
-        in its memory. The others and buffers have the dtype and device of the averages. Until
-        its first update, an average holds the weights at the time it was made.
-
-        Buffers are copied at each update: their averages, or else the model's. A module that
-        has written into its buffers in train mode, as BatchNorm does, keeps them while it stays
-        in train mode.
-
-        A model that you cast or move does not follow the average any more, which a warning
-        tells you at the next update. Not for use inside `swap_to_averaged(in_place=True)`, where
-        the memory of the averages holds the weights.
-
-        Args:
-            model: a module with parameters that are averaged. Of a DistributedDataParallel,
-                DataParallel or compiled model the module inside is taken.
-            name: which average; may be left out if there is only one.
-            into: another instance of the model to use instead of a copy, for models that
-                `copy.deepcopy` can't copy: those with hooks of `torch.nn.utils.weight_norm`, with
-                locks or process groups, of TorchScript, and those that `fully_shard` has
-                sharded, if all ranks have parts of one size.
-
-        Raises:
-            ValueError: there is no such average; a parameter of the model requires a gradient
-                and is neither averaged nor left out by `average=False` or `exclude`; the model
-                can't be copied; `into` is no other instance of it.
-            TypeError: `into` is no module.
-            RuntimeError: the wrapped optimizer has been wrapped again.
-
         Example:
             >>> import torch
             >>> from averaging_optim import EMA, AveragingOptimizer
@@ -174,6 +142,33 @@ class Averaged:
             >>> teacher = optimizer.averaged_model(model)
             >>> teacher.weight.requires_grad
             False
+
+        The parameters share memory with the averages, so the copy is always up to date: use it as a
+        teacher or target network, or to evaluate while training. They require no gradient, and have
+        the dtype and device of the averages. Parameters that are not averaged are shared with the
+        model. Until its first update, an average holds the weights from when it was made.
+
+        Buffers are copied at each update: their averages if there are any, otherwise the model's. A
+        module that updates its own buffers in train mode, such as BatchNorm, keeps its values as
+        long as it stays in train mode.
+
+        If you cast or move the copy, it stops following the average; the next update warns you.
+        Don't use it inside `swap_to_averaged(in_place=True)`, where it holds the training weights.
+
+        Args:
+            model: a module whose trained parameters are averaged. If it is wrapped in
+                DistributedDataParallel, DataParallel or torch.compile, the module inside is used.
+            name: which average. You may leave it out if there is only one.
+            into: another instance of the model, to use instead of a copy. For models that
+                `copy.deepcopy` can't copy: with `torch.nn.utils.weight_norm`, locks or process
+                groups, in TorchScript, or sharded by `fully_shard` (if all ranks have equal parts).
+
+        Raises:
+            ValueError: there is no such average; a parameter of the model requires a gradient and
+                is neither averaged nor left out by `average=False` or `exclude`; the model can't be
+                copied; or `into` is not another instance of it.
+            TypeError: `into` is not a module.
+            RuntimeError: the wrapped optimizer has been wrapped again.
         """
         chosen = self._chosen(name)
         inside = self.check_model(model)
@@ -196,20 +191,7 @@ class Averaged:
         *,
         only_averaged: bool = False,
     ) -> dict[str, Any]:
-        """Return `model.state_dict()` under the average, as independent tensors.
-
-        It loads into the plain model: the names are those inside DistributedDataParallel,
-        DataParallel and torch.compile.
-
-        Args:
-            model: a module with parameters that are averaged.
-            name: which average, or a weighted sum of some; see `swap_to_averaged`.
-            only_averaged: leave out what has no average, such as the frozen weights of a LoRA.
-
-        Raises:
-            ValueError: there is no such average; a parameter of the model requires a gradient
-                and is neither averaged nor left out by `average=False` or `exclude`.
-            RuntimeError: inside a swap to another average.
+        """Return `model.state_dict()` with averaged weights, as independent tensors.
 
         Example:
             >>> import torch
@@ -219,6 +201,19 @@ class Averaged:
             >>> optimizer = AveragingOptimizer(sgd, EMA(decay=0.99))
             >>> list(optimizer.averaged_state_dict(model))
             ['weight', 'bias']
+
+        It loads into the plain model: names don't have the prefixes of DistributedDataParallel,
+        DataParallel and torch.compile.
+
+        Args:
+            model: a module whose trained parameters are averaged.
+            name: which average, or a weighted sum of several. See `swap_to_averaged`.
+            only_averaged: leave out what is not averaged, such as the frozen weights under a LoRA.
+
+        Raises:
+            ValueError: there is no such average, or a parameter of the model requires a gradient
+                and is neither averaged nor left out by `average=False` or `exclude`.
+            RuntimeError: inside a swap to another average.
         """
         check_bool("only_averaged", only_averaged)
         inside = self.check_model(model)
@@ -244,29 +239,6 @@ class Averaged:
     ) -> IncompatibleKeys:
         """Start an average from exported weights. Inverse of `averaged_state_dict`.
 
-        Entries of tensors that are not averaged are passed over.
-
-        Args:
-            model: a module with all parameters and buffers that are averaged.
-            state_dict: what `averaged_state_dict` returned, or a state dict of the model, also of
-                one that is wrapped otherwise; left as it is.
-            name: which average; may be left out if there is only one.
-            n_averaged: updates the average stands for, at least 1, so that the next
-                update does not copy over it.
-            strict: if False, load the entries that fit. Averages of which there is none stay
-                what they are, or start at the present values, and count as loaded too; those of
-                an optimizer that nothing was loaded of stay as they are.
-
-        Returns:
-            `missing_keys`, of tensors that are averaged and were not loaded, and
-            `unexpected_keys`, which were not taken, as `torch.nn.Module.load_state_dict` does. An
-            entry of another shape than its tensor's is in both. Both are empty if `strict`.
-
-        Raises:
-            ValueError: an argument or an entry does not fit; nothing has changed.
-            TypeError: `n_averaged` is not an integer.
-            RuntimeError: inside `swap_to_averaged`.
-
         Example:
             >>> import torch
             >>> from averaging_optim import EMA, AveragingOptimizer
@@ -278,6 +250,27 @@ class Averaged:
             IncompatibleKeys(missing_keys=[], unexpected_keys=[])
             >>> optimizer.averaged_state_dict(model)["weight"]
             tensor([[1., 1.]])
+
+        Args:
+            model: a module with all parameters and buffers that are averaged.
+            state_dict: from `averaged_state_dict`, or any state dict of the model. Entries of
+                tensors that are not averaged are ignored. It is not modified.
+            name: which average. You may leave it out if there is only one.
+            n_averaged: how many updates the average represents, at least 1; with 0 the next update
+                would overwrite it. `SWA` and other rules that count continue from here.
+            strict: if False, load the entries that match. The other averages keep their values, or
+                start at the present weights, and count as loaded too, except those of an optimizer
+                for which no entry matched.
+
+        Returns:
+            `missing_keys`, which are averaged and were not loaded, and `unexpected_keys`, which
+            were not used, as `torch.nn.Module.load_state_dict` does. An entry of the wrong shape is
+            in both. With `strict=True` both are empty.
+
+        Raises:
+            ValueError: an argument is wrong or an entry doesn't match. Nothing has changed.
+            TypeError: `n_averaged` is not an integer.
+            RuntimeError: inside `swap_to_averaged`.
         """
         with ExitStack() as writing:
             for averages in self._each:
@@ -302,17 +295,17 @@ class Averaged:
         return incompatible
 
     def check_model(self, model: nn.Module) -> nn.Module:
-        """Raise unless what is trained of the model is averaged, or was said not to be.
+        """Check that every trained parameter of a model is averaged, or left out on purpose.
 
         Args:
-            model: a module with parameters that are averaged.
+            model: a module whose trained parameters are averaged.
 
         Returns:
             the module inside DistributedDataParallel, DataParallel or torch.compile.
 
         Raises:
             ValueError: a parameter requires a gradient and is neither averaged nor left out by
-                `average=False` or `exclude`, or none of the model's is averaged.
+                `average=False` or `exclude`, or no parameter of the model is averaged.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")

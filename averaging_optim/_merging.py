@@ -1,4 +1,4 @@
-"""Checkpoints that were saved anyway, averaged after training."""
+"""Averages of checkpoints that you already have."""
 
 from __future__ import annotations
 
@@ -31,36 +31,38 @@ def merge(
 ) -> dict[str, Any]:
     """Return the average of a model's weights in several checkpoints.
 
-    Checkpoints are read one after the other, tensor by tensor: beside the files' pages that the
-    system maps, it takes 8 bytes for each weight (16 for complex ones), however many there are.
-
-    Args:
-        checkpoints: of one model, the earlier first: state dicts; files of `torch.save` or of
-            safetensors; folders of torch.distributed.checkpoint (also of several processes) or of
-            `save_pretrained`. Files are read with `weights_only=True`.
-        shares: of each checkpoint, in sum 1; by default all equal. See `decay_shares`.
-        key: where the weights are in each checkpoint, such as "model" or "state.model". By
-            default they are the checkpoint itself, or under "model", "state_dict" and the like.
-
-    Returns:
-        the state dict of the model: sums in float64, in the dtypes of the first checkpoint, on
-        the CPU. Integers, tensors with infinities and what is no tensor are the last one's.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: checkpoints have other names or shapes than the first, which is seen before
-            any of them is read; there are no weights where they are looked for; `shares` are not
-            one for each checkpoint, or not 1 in sum.
-        FileNotFoundError: there is no such file.
-
-    Source: Tian et al.: WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for LLM
-    Pre-training, 2025, arXiv 2507.17634, among many.
-
     Example:
         >>> import torch
         >>> from averaging_optim.post_hoc import merge
         >>> merge([{"weight": torch.tensor([0.0])}, {"weight": torch.tensor([1.0])}])
         {'weight': tensor([0.5000])}
+
+    Checkpoints are read one after the other, tensor by tensor. This takes 8 bytes for each weight
+    (16 for complex ones), however many checkpoints there are, plus file pages that the system maps.
+
+    Args:
+        checkpoints: of one model, earlier ones first: state dicts, files of `torch.save` or
+            safetensors, folders of torch.distributed.checkpoint (of any number of processes) or of
+            `save_pretrained`. Files are read with `weights_only=True`.
+        shares: the share of each checkpoint, which sum to 1. Equal by default. See
+            `decay_shares`.
+        key: where the weights are in each checkpoint, such as "model" or "state.model". By
+            default they are found: at the top, or under "model", "state_dict" and the like.
+
+    Returns:
+        the state dict of the model, on the CPU, in the dtypes of the first checkpoint. Sums are
+        computed in float64. Integers, tensors with infinities and everything that is not a tensor
+        are taken from the last checkpoint.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: a checkpoint has other names or shapes than the first (this is checked before
+            weights are read), no weights are found, there is not one share for each checkpoint, or
+            the shares don't sum to 1.
+        FileNotFoundError: there is no such file.
+
+    Source: Tian et al.: WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for LLM
+    Pre-training, 2025, arXiv 2507.17634, among many.
     """
     check_checkpoints(checkpoints)
     for i, each in enumerate(checkpoints):
@@ -89,25 +91,7 @@ def merge(
 
 
 def decay_shares(kind: str, n: int) -> list[float]:
-    """Return shares by which n checkpoints merge as though the learning rate had decayed.
-
-    For weights w(t) of a decay from w(0) = 1 to w(1) = 0, and the checkpoints 0 … k, k = n − 1:
-
-    c₀ = 1 − w₁,    cⱼ = wⱼ − wⱼ₊₁,    c_k = w_k,    wⱼ = w(j / n)
-
-    With θⱼ = θ₀ − η ∑ gᵢ over i ≤ j the sum ∑ cⱼ θⱼ is θ₀ − η ∑ wᵢ gᵢ: training by SGD at the rates
-    η wᵢ, had the gradients been the same.
-
-    Args:
-        kind: "linear", by which all shares are equal, "cosine", or "sqrt", 1 − √t.
-        n: checkpoints, at least 1.
-
-    Raises:
-        TypeError: `n` is no integer.
-        ValueError: there is no such kind, or no checkpoint.
-
-    Source: Tian et al., see `merge`; Hägele et al.: Scaling Laws and Compute-Optimal Training
-    Beyond Fixed Training Durations, 2024, arXiv 2405.18392, for 1 − √t.
+    """Return shares with which n checkpoints merge as though the learning rate had decayed.
 
     Example:
         >>> from averaging_optim.post_hoc import decay_shares
@@ -115,6 +99,25 @@ def decay_shares(kind: str, n: int) -> list[float]:
         [0.25, 0.25, 0.25, 0.25]
         >>> [round(share, 3) for share in decay_shares("sqrt", 4)]
         [0.5, 0.207, 0.159, 0.134]
+
+    Let w(t) be a decay from w(0) = 1 to w(1) = 0, and wⱼ = w(j / n). The checkpoints 0 … k, k = n −
+    1, have the shares
+
+        c₀ = 1 − w₁,    cⱼ = wⱼ − wⱼ₊₁,    c_k = w_k
+
+    SGD at a constant rate gives θⱼ = θ₀ − η ∑ gᵢ over i ≤ j. Then ∑ cⱼ θⱼ = θ₀ − η ∑ wᵢ gᵢ, which
+    is training at the rates η wᵢ, if the gradients had been the same.
+
+    Args:
+        kind: "linear" (equal shares), "cosine", or "sqrt" (1 − √t).
+        n: number of checkpoints, at least 1.
+
+    Raises:
+        TypeError: `n` is not an integer.
+        ValueError: `kind` is unknown, or `n` is less than 1.
+
+    Source: Tian et al., see `merge`; Hägele et al.: Scaling Laws and Compute-Optimal Training
+    Beyond Fixed Training Durations, 2024, arXiv 2405.18392, for 1 − √t.
     """
     if kind not in _DECAYS:
         raise ValueError(f"`kind` must be one of {', '.join(map(repr, _DECAYS))}, got {kind!r}.")
@@ -124,7 +127,7 @@ def decay_shares(kind: str, n: int) -> list[float]:
 
 
 def plus(sum_: Tensor | None, tensor: Tensor, factor: float) -> Tensor:
-    """Return sum + factor · tensor in double precision; the latest of integers and masks."""
+    """Return sum + factor · tensor in double precision, or a copy of integers and masks."""
     if numeric_kind(tensor) == "integer" or has_infinity(tensor):
         return tensor.clone()
     double = torch.complex128 if tensor.is_complex() else torch.float64

@@ -49,82 +49,79 @@ _wrappers: WeakKeyDictionary[Any, ReferenceType[AveragingOptimizer]] = WeakKeyDi
 
 
 class AveragingOptimizer(Averaged, Optimizer):
-    """A torch optimizer that keeps averages of the weights it trains.
-
-    average ← average + wₙ · (weights − average)
-
-    after each step at which a rule is due, n being the updates averaged so far and wₙ
-    the rule's share. The weights train exactly as without the wrapper, unless a rule
-    (`Lookahead`, `SwitchEMA`) writes its average into them; with several rules these are
-    averaged first, and the others average what training goes on with. The averages are
-    saved, loaded, sharded and moved with the optimizer's state.
-
-    A parameter group with `average=False` is neither averaged nor swapped. A parameter that
-    requires no gradient has no average until it is unfrozen, and then starts at its present
-    values. Averages are made after the first step, beside the weights as they are then.
-
-    Only steps that are taken count: not those that GradScaler skips (with `fused=True`
-    finding that out waits for the device), nor calls by which Accelerate, opacus or optimi
-    accumulate gradients, nor a step at lr 0 with all gradients 0, by which
-    torch.distributed.checkpoint initialises the state. If weights are trained past `step`,
-    you are warned once, when you first use an average that lacks them.
-
-    Attributes that aren't listed here are those of the wrapped optimizer, to read and to
-    write. `state` is torch's `defaultdict(dict)` with `averaged_<name>` in each entry: an
-    entry that you move to another parameter takes its averages along, and removing entries
-    resets what the wrapped optimizer keeps, while averages go on.
-
-    An average stands still where share · (weights − average) is below half an ulp of it.
-    In float32 it is off by at most 6e-8 / (1 − decay) of the largest weight for EMA, and
-    3e-8 · n for SWA after n updates; weights that only drift reach half of that. In
-    float64 (`dtype`) these bounds are 5e8 times lower.
-
-    Args:
-        optimizer: any torch optimizer, or what has its methods and `param_groups`; it is
-            used, not copied. Wrapping it again begins anew, and ends the former wrapper.
-        rule: what to average, or a mapping name → rule to keep several averages. A
-            rule alone is named after its class in lower case. A function of the number
-            of updates so far is a rule too (see `Formula`), named as it is.
-        buffers: the model, whose buffers, such as BatchNorm's statistics, go with the weights.
-            They are looked up by name at each update, so that replaced ones are followed.
-            Or tensors, of which replaced ones are not followed.
-        use_buffers: average floating-point buffers, or copy them along at each update, as
-            `torch.optim.swa_utils.AveragedModel` does by default. Integers, masks that have
-            an infinity when they are first seen, and u and v of spectral norm are copied
-            always.
-        exclude: parameters that are neither averaged nor swapped, or a function of a parameter
-            that says so.
-        dtype: floating-point dtype of the averages. By default that of each tensor,
-            but float32 for 16 bits or fewer, in which an average stands still.
-            Complex tensors use the complex dtype of that precision.
-        device: where averages are kept. By default beside each tensor.
-        rounding: "stochastic" rounds averages of 16 bits (`dtype`) up or down at random, so
-            that they move in the mean as exact ones do, where "nearest" lets them stand
-            still. What the dtype can hold stays as it is. Random numbers are the same on all
-            ranks, and when a run is resumed.
-        skip_nonfinite: leave out an update that could bring a NaN or an infinity into an
-            average: when a weight or buffer is not finite, or above a quarter of the
-            largest number of the average's dtype. No average of the model is updated
-            then, and `param_groups[j]["n_skipped"]` counts it. Costs one more reading
-            of the weights, and waits for the device, at each update.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: an argument has the right type and a wrong value.
-        RuntimeError: the optimizer is wrapped, and inside a `swap_to_averaged`.
+    """Wrap a torch optimizer to keep averages of the weights it trains.
 
     Example:
         >>> import torch
         >>> from averaging_optim import EMA, AveragingOptimizer
-        >>> model = torch.nn.Linear(1, 1)
-        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> optimizer = AveragingOptimizer(sgd, EMA(decay=0.9))
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.25)
+        >>> optimizer = AveragingOptimizer(sgd, EMA(decay=0.5))
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
         ...     model(torch.ones(1)).square().sum().backward()
         ...     optimizer.step()
+        >>> model.weight.item()
+        0.125
         >>> with optimizer.swap_to_averaged():
-        ...     prediction = model(torch.ones(1))
+        ...     model.weight.item()
+        0.25
+
+    After each step at which a rule is due,
+
+        average ← average + wₙ · (weights − average)
+
+    where n counts the updates so far and wₙ is the rule's share. The weights train exactly as
+    without the wrapper, unless a rule (`Lookahead`, `SwitchEMA`) writes its average into them. With
+    several rules, those that write come first, and the others average the result. Averages are
+    saved, loaded, sharded and moved with the optimizer's state.
+
+    You can use it wherever you use the wrapped optimizer. Attributes that this page doesn't list
+    are the wrapped optimizer's, for reading and writing. `state` is torch's `defaultdict(dict)`
+    with `averaged_<name>` in each entry. An entry that you move to another parameter takes its
+    averages along. Removing entries resets the wrapped optimizer's state; averages continue.
+
+    These are not averaged: parameter groups with `average=False`, parameters in `exclude`, and
+    parameters that require no gradient. When you unfreeze a parameter, its average starts at its
+    present values.
+
+    Only steps that are taken count. These do not: a step that GradScaler skips (with `fused=True`,
+    finding out waits for the device), a call with which Accelerate, opacus or optimi accumulate
+    gradients, and the step at learning rate 0 and zero gradients with which
+    torch.distributed.checkpoint initializes the state. If anything other than `step` trains the
+    weights, you are warned once, when you first use an average that lacks them.
+
+    Args:
+        optimizer: any torch optimizer, or an object with its methods and `param_groups`. It is
+            used, not copied. Wrapping it again starts over and disables the first wrapper.
+        rule: what to average, or a mapping name → rule to keep several averages. A single rule is
+            named after its class in lower case. A function of the number of updates so far is a
+            rule too (see `Formula`), with the function's name.
+        buffers: the model, to average its buffers (such as BatchNorm's statistics) with the
+            weights. They are looked up by name at each update, so replaced ones are followed. Or
+            an iterable of tensors, which are not followed.
+        use_buffers: average floating-point buffers (True), or copy them at each update (False), as
+            `torch.optim.swa_utils.AveragedModel` does by default. Integer buffers, masks that
+            contain an infinity when first seen, and spectral norm's u and v are always copied.
+        exclude: parameters to leave out, or a function of a parameter that returns True to leave it
+            out.
+        dtype: floating-point dtype of the averages. By default that of each tensor, or float32 if
+            it has 16 bits or fewer, in which averages hardly move. Complex tensors use the complex
+            dtype of the same precision.
+        device: where averages are kept. By default beside each tensor.
+        rounding: "nearest", or "stochastic" for averages of 16 bits (`dtype`): they are rounded
+            up or down at random, so that they move, on average, as exact ones do. The random
+            numbers are the same on all ranks and in a resumed run.
+        skip_nonfinite: skip an update if it could put a NaN or an infinity into an average: if a
+            weight or buffer is not finite, or above a quarter of the largest number of the
+            average's dtype. Then no average is updated, and `param_groups[j]["n_skipped"]` counts
+            it. Each update reads the weights once more and waits for the device.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value.
+        RuntimeError: the optimizer is already wrapped, and inside a `swap_to_averaged`.
     """
 
     _wrapped: Optimizer
@@ -177,35 +174,35 @@ class AveragingOptimizer(Averaged, Optimizer):
     ) -> AveragingOptimizer:
         """Average a model that something else trains, such as DeepSpeed.
 
-        Call `step()` after each step of whatever trains the model: it averages the weights and
-        changes nothing else. Save and load what this returns as you would an optimizer.
-
-        Use it where the optimizer trains copies of the weights (master weights) that it writes into
-        the model after each step: wrapping such an optimizer would average the copies, which a swap
-        can't put into the model. A rule that writes into the weights (`Lookahead`, `SwitchEMA`) has
-        no effect on such training, as the copies overwrite what it has written.
-
-        Args:
-            model: its parameters and buffers are averaged. They must be there in full: under
-                DeepSpeed's ZeRO-3 they are not.
-            rule, use_buffers, exclude, dtype, device, rounding, skip_nonfinite: as for
-                `AveragingOptimizer(...)`.
-
-        Raises:
-            TypeError: an argument is of the wrong type.
-            ValueError: an argument has the right type and a wrong value.
-
         Example:
             >>> import torch
             >>> from averaging_optim import EMA, AveragingOptimizer
             >>> model = torch.nn.Linear(1, 1, bias=False)
             >>> averaged = AveragingOptimizer.of(model, EMA(decay=0.5))
             >>> for value in (2.0, 4.0):
-            ...     _ = model.weight.data.fill_(value)  # a step of whatever trains the model
+            ...     _ = model.weight.data.fill_(value)  # whatever trains the model takes a step
             ...     averaged.step()
             >>> with averaged.swap_to_averaged():
             ...     model.weight.item()
             3.0
+
+        Call `step()` after each training step: it averages the weights and changes nothing else.
+        Save and load the result as you would an optimizer.
+
+        You need this if the optimizer trains copies of the weights (master weights) and writes them
+        into the model after each step. Wrapped, such an optimizer would average the copies, and a
+        swap would not change the model. Rules that write into the weights (`Lookahead`,
+        `SwitchEMA`) have no effect there: the next step overwrites what they wrote.
+
+        Args:
+            model: its parameters and buffers are averaged. Each rank must hold them in full, so
+                DeepSpeed's ZeRO-3 is not supported.
+            rule, use_buffers, exclude, dtype, device, rounding, skip_nonfinite: see
+                `AveragingOptimizer`.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: an argument has a wrong value.
         """
         return cls(
             Idle(checked_parameters(model)),
@@ -231,15 +228,15 @@ class AveragingOptimizer(Averaged, Optimizer):
 
     @property
     def buffers(self) -> tuple[Tensor, ...]:
-        """The buffers that go with the weights, averaged or copied along."""
+        """The buffers that are averaged or copied along with the weights."""
         return tuple(self._averages.look_up().buffers.by_key.values())
 
     @property
     def averaged_buffers(self) -> AveragedBuffers:
-        """Averages of `buffers`, to save in a distributed checkpoint beside the optimizer's state.
+        """The averages of `buffers`, to save in a distributed checkpoint.
 
-        `torch.distributed.checkpoint` saves states of parameters only. It saves and loads this
-        object under any key, in the same call as the optimizer's state::
+        `torch.distributed.checkpoint` saves optimizer states of parameters only. Save and load this
+        object under a key of its own, in the same call as the optimizer's state::
 
             dcp.save({"optimizer": state, "buffers": optimizer.averaged_buffers}, ...)
         """
@@ -258,17 +255,17 @@ class AveragingOptimizer(Averaged, Optimizer):
 
     @shows_signature_of_wrapped
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Take a step of the wrapped optimizer, then average by each rule that is due.
+        """Take a step of the wrapped optimizer, then update the averages that are due.
 
         Args:
-            args, kwargs: of the wrapped optimizer's `step`, such as `closure`.
+            args, kwargs: for the wrapped optimizer's `step`, such as `closure`.
 
         Returns:
             what the wrapped optimizer returns.
 
         Raises:
             RuntimeError: inside `swap_to_averaged`.
-            ValueError: a rule gives a weight outside [0, 1]; no step has been taken.
+            ValueError: a rule returned a share outside [0, 1]. No step was taken.
         """
         self._averages.swap.refuse("step")
         if self._optimizer_step_pre_hooks:
@@ -289,18 +286,30 @@ class AveragingOptimizer(Averaged, Optimizer):
         """Reset the gradients, as the wrapped optimizer does.
 
         Args:
-            args, kwargs: of the wrapped optimizer's `zero_grad`, such as `set_to_none`.
+            args, kwargs: for the wrapped optimizer's `zero_grad`, such as `set_to_none`.
         """
         self._wrapped.zero_grad(*args, **kwargs)
 
     @uncompiled
     def update_averages(self, name: str | None = None) -> None:
-        """Average the present weights now, whether or not a rule is due.
+        """Update averages with the present weights now, whether or not a rule is due.
 
-        A rule that writes back does so here too, and `SwitchEMA(every=None)` does nothing else.
+        Example:
+            >>> import torch
+            >>> from averaging_optim import SWA, AveragingOptimizer
+            >>> weight = torch.nn.Parameter(torch.tensor(1.0))
+            >>> optimizer = AveragingOptimizer(torch.optim.SGD([weight]), SWA(every=None))
+            >>> for epoch in range(3):
+            ...     _ = weight.data.fill_(epoch)  # an epoch of training
+            ...     optimizer.update_averages()
+            >>> with optimizer.swap_to_averaged():
+            ...     weight.item()
+            1.0
+
+        Rules that write into the weights do so here too. `SwitchEMA(every=None)` only writes.
 
         Args:
-            name: which average; all if left out.
+            name: which average. All if you leave it out.
 
         Raises:
             ValueError: there is no average of this name.
@@ -312,13 +321,7 @@ class AveragingOptimizer(Averaged, Optimizer):
             self._averages.note_update()
 
     def n_averaged(self, name: str | None = None) -> int:
-        """Return the number of updates that an average stands for.
-
-        Args:
-            name: which average; may be left out if there is only one.
-
-        Raises:
-            ValueError: there is no average of this name, or several and no name.
+        """Return how many updates an average has had.
 
         Example:
             >>> import torch
@@ -328,21 +331,17 @@ class AveragingOptimizer(Averaged, Optimizer):
             >>> optimizer.update_averages()
             >>> optimizer.n_averaged()
             1
+
+        Args:
+            name: which average. You may leave it out if there is only one.
+
+        Raises:
+            ValueError: there is no average of this name, or several and no name.
         """
         return self._averages.named(name).n_averaged.value
 
     def restart(self, name: str | None = None) -> None:
-        """Start an average over: its next update copies the weights, as its first one did.
-
-        Until then, swapping to it has no effect. `start` and `every` go on counting steps from the
-        beginning of the run.
-
-        Args:
-            name: which average; all if left out.
-
-        Raises:
-            ValueError: there is no average of this name.
-            RuntimeError: inside `swap_to_averaged`.
+        """Start an average over: the next update copies the weights, as the first one did.
 
         Example:
             >>> import torch
@@ -353,6 +352,16 @@ class AveragingOptimizer(Averaged, Optimizer):
             >>> optimizer.restart()
             >>> optimizer.n_averaged()
             0
+
+        Until that update, swapping to it has no effect. `start` and `every` still count steps from
+        the beginning of the run.
+
+        Args:
+            name: which average. All if you leave it out.
+
+        Raises:
+            ValueError: there is no average of this name.
+            RuntimeError: inside `swap_to_averaged`.
         """
         with self._averages.writing("restart"):
             averages = self._averages.values() if name is None else [self._averages.named(name)]
@@ -362,11 +371,10 @@ class AveragingOptimizer(Averaged, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as torch.optim does.
 
-        Once averages have been made, the new parameters' averages start at their present
-        values, as though they had always had them.
+        If averages exist already, those of the new parameters start at the present values.
 
         Args:
-            param_group: may hold `average=False` to keep the group out of averaging.
+            param_group: may contain `average=False` to leave the group out.
 
         Raises:
             RuntimeError: inside `swap_to_averaged`.
@@ -382,17 +390,18 @@ class AveragingOptimizer(Averaged, Optimizer):
                 self._averages.make()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, averages and counters, in torch's format.
+        """Return the state, averages and counts, in torch's format.
 
-        `state[i]["averaged_<name>"]` is the average of parameter i, beside the snapshots
-        that `LAWA` takes; every parameter group holds `averaging_steps` and an
-        `n_averaged_<name>` for each rule. If the wrapped optimizer keeps state of other parameters
-        only, as when i has had no gradient yet, the average is in `averaged_parameters[i]`.
-        Averages of buffers are in `averaged_buffers[<name>]`, by their names in the model, or in
-        the order they were given. Tensors are referenced, not copied, but for averages inside of
-        `swap_to_averaged(in_place=True)`.
-        If the wrapped optimizer's state dict has a format of its own, it is saved as it is,
-        with averages and counters under "averaging_optim".
+        - `state[i]["averaged_<name>"]` is the average of parameter i, next to the snapshots of
+          `LAWA`. If the wrapped optimizer has state, but none of parameter i (it has had no
+          gradient yet), the average is in `averaged_parameters[i]`.
+        - Each parameter group contains `averaging_steps` and an `n_averaged_<name>` for each rule.
+        - `averaged_buffers[<name>]` maps names in the model to averages of buffers, or lists them
+          in the order in which you gave them.
+
+        Tensors are referenced, not copied, except for averages inside
+        `swap_to_averaged(in_place=True)`. If the wrapped optimizer's state dict has a format of its
+        own, it is kept, with averages and counts under "averaging_optim".
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -413,15 +422,15 @@ class AveragingOptimizer(Averaged, Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this or of the plain optimizer. Inverse of `state_dict`.
 
-        Everything is checked before anything changes. Averages keep their dtype, device
-        and memory. Warns of averages, or averaged buffers, that the state dict has no
-        entry for at all; they start afresh.
+        Everything is checked first: if something doesn't match, nothing is modified. Averages keep
+        their dtype, device and memory. An average that the state dict has no entry for starts at
+        the present weights, and you are warned.
 
         Args:
-            state_dict: left as it is.
+            state_dict: is not modified.
 
         Raises:
-            ValueError: an entry does not fit; the message names it.
+            ValueError: an entry doesn't match. The message names it.
             RuntimeError: inside `swap_to_averaged`.
         """
         with self._averages.writing("load_state_dict"):

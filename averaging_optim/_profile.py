@@ -1,4 +1,4 @@
-"""What an average is made of: how much of it each past step has, as numbers to plot."""
+"""What an average consists of: the share of each past step, as numbers to plot."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from averaging_optim._rules import Rule
 
 @dataclass(frozen=True)
 class Profile:
-    """The average of a rule after some steps.
+    """What a rule's average consists of after a number of steps.
 
     Attributes:
-        shares: of the weights after each step, the first step first; they sum to 1. The
-            first of them shows how much an EMA still holds of the weights it began with.
-        mean_age: how many steps back these weights are in the mean, 0 for the present ones.
-        half_life: the least number of steps back in which half of the average lies.
+        shares: the share of the weights after each step, first step first. They sum to 1. The first
+            one shows how much an EMA still holds of the weights it began with.
+        mean_age: how many steps back the averaged weights are, on average. 0 is the present.
+        half_life: the smallest number of steps back that covers half of the average.
     """
 
     shares: tuple[float, ...]
@@ -26,23 +26,22 @@ class Profile:
 
 
 def describe(rule: Rule, steps: int) -> Profile:
-    """Return the profile of a rule's average after so many optimizer steps.
-
-    The weights after the i-th update have the share wᵢ · (1 − wᵢ₊₁) · … · (1 − wₙ).
-
-    Args:
-        rule: one that averages by itself, `every` not being None, and writes nothing back
-            into the weights.
-        steps: at least `start + every`, by which there is an average.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: there is no average by then, or the weights are averages themselves.
+    """Return what a rule's average consists of after a number of optimizer steps.
 
     Example:
         >>> from averaging_optim import EMA, describe
         >>> describe(EMA(decay=0.5), steps=4)
         Profile(shares=(0.125, 0.125, 0.25, 0.5), mean_age=0.875, half_life=0)
+
+    The weights after update i of n have the share wᵢ · (1 − wᵢ₊₁) · … · (1 − wₙ).
+
+    Args:
+        rule: a rule with an interval (`every` is not None) that doesn't write into the weights.
+        steps: at least `start + every`, when the average begins.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: `steps` is too small, or the rule has `every=None` or writes into the weights.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"`rule` must be a Rule, got {rule!r}.")

@@ -24,19 +24,7 @@ class Together(Averaged):
 
 
 def together(*optimizers: AveragingOptimizer) -> Together:
-    """Use several optimizers' averages as one, of a model or of several.
-
-    What is returned has `swap_to_averaged`, `evaluate_averages`, `averaged_model`,
-    `averaged_state_dict` and `load_averaged_state_dict`, as `AveragingOptimizer` has them: for
-    all optimizers, or, if one of them raises, for none. Step and save each optimizer as usual.
-    Of buffers that several of them average, the average of the last one is taken.
-
-    Args:
-        optimizers: each of which has the averages that you ask for by name.
-
-    Raises:
-        TypeError: one is no AveragingOptimizer.
-        ValueError: there is none, one is given twice, or two average the same parameter.
+    """Use the averages of several optimizers as one.
 
     Example:
         >>> import torch
@@ -44,8 +32,20 @@ def together(*optimizers: AveragingOptimizer) -> Together:
         >>> model = torch.nn.Linear(2, 2)
         >>> muon = AveragingOptimizer(torch.optim.Muon([model.weight]), EMA(decay=0.99))
         >>> adam = AveragingOptimizer(torch.optim.AdamW([model.bias]), EMA(decay=0.99))
-        >>> with together(muon, adam).swap_to_averaged():
-        ...     prediction = model(torch.ones(2))
+        >>> list(together(muon, adam).averaged_state_dict(model))
+        ['weight', 'bias']
+
+    The result has `swap_to_averaged`, `evaluate_averages`, `averaged_model`, `averaged_state_dict`
+    and `load_averaged_state_dict`, as `AveragingOptimizer` has them. They act on all optimizers or,
+    if one raises, on none. Step, save and load each optimizer as usual. If several optimizers
+    average the same buffer, the last one's average is used.
+
+    Args:
+        optimizers: AveragingOptimizers that all have the averages you ask for by name.
+
+    Raises:
+        TypeError: one is not an AveragingOptimizer.
+        ValueError: none is given, one is given twice, or two train the same parameter.
     """
     if not optimizers:
         raise ValueError("`optimizers` must hold at least one AveragingOptimizer, got none.")

@@ -1,4 +1,4 @@
-"""Averages made after training, out of checkpoints."""
+"""Averages made from checkpoints, after training."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ AnyCheckpoint = Mapping[str, Any] | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Fit:
-    """The average that is wanted, as a sum of those that were saved.
+    """A sum of saved averages that comes close to the one you want.
 
     Attributes:
-        coefficients: name of a rule → the factor of its average in each checkpoint. They
-            sum to 1, all of them together.
-        residual: √(∑(s − w)² / ∑w²) over the steps of the run, s being the share of a step
-            in the sum and w the one wanted. 0 is exact.
+        coefficients: name of a rule → the factors of its averages, one for each checkpoint. All
+            factors together sum to 1.
+        residual: √(∑(s − w)² / ∑w²) over the steps of the run, where s is the share of a step in
+            the sum and w in the average you want. 0 is exact.
     """
 
     coefficients: dict[str, tuple[float, ...]]
@@ -45,34 +45,7 @@ def reconstruct(
     sigma_rel: float,
     optimizer: AveragingOptimizer,
 ) -> dict[str, Any]:
-    """Return the model's state dict under an average of another width than those kept.
-
-    The run has kept two or more `PowerEMA`, and saved its optimizer now and then. The sum
-    of these averages with the factors of `fit` is close to what
-    `PowerEMA.from_width(sigma_rel)` would be at the last of the checkpoints. Sums are
-    formed in float64, which takes 8 bytes for each weight, on the CPU. An averaged buffer that
-    is nowhere negative in the checkpoints, such as a variance, is at least its least value there.
-
-    Args:
-        checkpoints: of one run, the earlier first: state dicts of the optimizer, mappings
-            that hold one under "optimizer", or paths of files of either. Files are read
-            one at a time, with `weights_only=True`.
-        model: has the parameters of `optimizer`. What is not averaged is taken from it.
-        sigma_rel: the width wanted, in (0, 0.2886].
-        optimizer: made as the one of the run was, over the parameters of `model`. It is
-            asked for its rules, groups and buffers, and left as it is.
-
-    Returns:
-        the entries of `model.state_dict()`, in its dtypes and on its devices, as
-        independent tensors.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: an argument has a wrong value, or a checkpoint does not fit the
-            optimizer, has no averages yet, or is not later than the one before it.
-
-    Source: Karras, Aittala, Lehtinen, Hellsten, Aila, Laine: Analyzing and Improving the
-    Training Dynamics of Diffusion Models (EDM2), CVPR 2024, arXiv 2312.02696.
+    """Return the model's state dict with an average of another width than those you kept.
 
     Example:
         >>> import copy, torch
@@ -92,6 +65,32 @@ def reconstruct(
         >>> found = reconstruct(checkpoints, model, 0.15, optimizer)["weight"].item()
         >>> round(wanted, 1), round(found, 1)
         (131.7, 131.7)
+
+    During training, keep two or more `PowerEMA` and save the optimizer now and then. The sum of
+    these averages with the factors of `fit` is close to `PowerEMA.from_width(sigma_rel)` at the
+    last checkpoint. Sums are computed in float64 on the CPU, which takes 8 bytes for each weight.
+    If an averaged buffer is never negative in the checkpoints, such as a variance, its smallest
+    value there is a lower bound of the result.
+
+    Args:
+        checkpoints: of one run, earlier ones first: state dicts of the optimizer, mappings with
+            one under "optimizer", or paths of files with either. Files are read one at a time,
+            with `weights_only=True`.
+        model: the model whose parameters `optimizer` has. What is not averaged is taken from it.
+        sigma_rel: the relative width you want, in (0, 0.2886].
+        optimizer: constructed like the run's, over the parameters of `model`. Only its rules,
+            groups and buffers are used; it is not modified.
+
+    Returns:
+        the entries of `model.state_dict()`, with its dtypes and devices, as independent tensors.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument has a wrong value, or a checkpoint doesn't match the optimizer, has
+            no averages yet, or is not later than the one before it.
+
+    Source: Karras, Aittala, Lehtinen, Hellsten, Aila, Laine: Analyzing and Improving the Training
+    Dynamics of Diffusion Models (EDM2), CVPR 2024, arXiv 2312.02696.
     """
     coefficients = fit(checkpoints, sigma_rel, optimizer).coefficients
     return _summed(checkpoints, model, optimizer, coefficients)
@@ -103,28 +102,7 @@ def window(
     optimizer: AveragingOptimizer,
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Return the model's state dict under the mean of the weights between two checkpoints.
-
-    (t₂ · A₂ − t₁ · A₁) / (t₂ − t₁)
-
-    Of a run that has kept `SWA`, A being its average after t updates. Keep it in float64
-    (`dtype=torch.float64`) if the two are near each other beside t: what float32 has rounded off
-    of A is multiplied by t₂ / (t₂ − t₁).
-
-    Args:
-        checkpoints: two of one run, the earlier first: see `reconstruct`.
-        model, optimizer: see `reconstruct`.
-        name: which average; may be left out if there is only one.
-
-    Returns:
-        as `reconstruct`.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: the average is not by `SWA`, there are not two checkpoints, or one does not
-            fit; see `reconstruct`.
-
-    Source: the same as in icefall's `average_checkpoints_with_averaged_model`.
+    """Return the model's state dict with the mean of the weights between two checkpoints.
 
     Example:
         >>> import copy, torch
@@ -139,6 +117,29 @@ def window(
         ...     saved.append(copy.deepcopy(optimizer.state_dict()))
         >>> window([saved[1], saved[3]], model, optimizer)
         {'weight': tensor([[3.5000]])}
+
+    During training, keep `SWA`. If A₁ and A₂ are its averages after t₁ and t₂ updates, the mean
+    of the updates after t₁, up to t₂, is
+
+        (t₂ · A₂ − t₁ · A₁) / (t₂ − t₁)
+
+    Rounding errors of A are multiplied by t₂ / (t₂ − t₁). For a window that is short compared with
+    t₂, keep the average in float64 (`dtype=torch.float64`).
+
+    Args:
+        checkpoints: two of one run, the earlier one first. See `reconstruct`.
+        model, optimizer: see `reconstruct`.
+        name: which average. You may leave it out if there is only one.
+
+    Returns:
+        the entries of `model.state_dict()`. See `reconstruct`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the average's rule is not `SWA`, there are not two checkpoints, or one doesn't
+            match. See `reconstruct`.
+
+    Source: the formula of icefall's `average_checkpoints_with_averaged_model`.
     """
     if not isinstance(optimizer, AveragingOptimizer):
         raise TypeError(f"`optimizer` must be an AveragingOptimizer, got {optimizer!r}.")
@@ -189,15 +190,18 @@ def _summed(
 def fit(
     checkpoints: Sequence[AnyCheckpoint], sigma_rel: float, optimizer: AveragingOptimizer
 ) -> Fit:
-    """Return how `reconstruct` forms an average of this width, and how good it can be.
+    """Return the sum that `reconstruct` uses for this width, and how close it comes.
 
-    Update t of the n that an average stands for has the share p(t) = (t^(γ + 1) −
-    (t − 1)^(γ + 1)) / n^(γ + 1) in it. The coefficients x of the averages that were saved minimise
-    ∑ₜ (∑ᵢ xᵢ pᵢ(t) − p(t))²: they solve ∑ⱼ ⟨pᵢ, pⱼ⟩ xⱼ = ⟨pᵢ, p⟩, and are scaled to sum to 1.
+    In an average of n updates, update t has the share
+
+        p(t) = (t^(γ + 1) − (t − 1)^(γ + 1)) / n^(γ + 1)
+
+    The coefficients x of the saved averages minimize ∑ₜ (∑ᵢ xᵢ pᵢ(t) − p(t))². They solve
+    ∑ⱼ ⟨pᵢ, pⱼ⟩ xⱼ = ⟨pᵢ, p⟩, and are scaled to sum to 1.
 
     Args:
-        checkpoints, sigma_rel, optimizer: see `reconstruct`. Files are not read but mapped,
-            for little more than the counts is looked at.
+        checkpoints, sigma_rel, optimizer: see `reconstruct`. Files are mapped rather than read, as
+            only their counts are needed.
 
     Raises:
         TypeError, ValueError: see `reconstruct`.

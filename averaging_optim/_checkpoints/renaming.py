@@ -1,4 +1,4 @@
-"""Averages in a state dict under other names, or dropped."""
+"""Checkpoints with averages renamed or dropped."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ from averaging_optim._checks import checked_mapping, short_repr
 
 
 def renamed(state_dict: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return a checkpoint whose averages have other names, to load where the rules do.
-
-    Args:
-        state_dict: what `AveragingOptimizer.state_dict` returned; left as it is. Tensors are
-            referenced, not copied.
-        names: name in the checkpoint → new name, or None to drop the average. Averages that are
-            not named keep their names.
-
-    Raises:
-        TypeError: a name is neither a string nor None.
-        ValueError: there is no average of a name, or two would have the same.
+    """Return a checkpoint with averages renamed or dropped, to load it after you renamed rules.
 
     Example:
         >>> import torch
@@ -32,7 +22,20 @@ def renamed(state_dict: Mapping[str, Any], names: Mapping[str, str | None]) -> d
         >>> optimizer = AveragingOptimizer(sgd, {"ema": EMA(), "swa": SWA()})
         >>> optimizer.update_averages()
         >>> saved = renamed(optimizer.state_dict(), {"ema": "slow", "swa": None})
-        >>> AveragingOptimizer(torch.optim.SGD([weight]), {"slow": EMA()}).load_state_dict(saved)
+        >>> resumed = AveragingOptimizer(torch.optim.SGD([weight]), {"slow": EMA()})
+        >>> resumed.load_state_dict(saved)
+        >>> resumed.n_averaged("slow")
+        1
+
+    Args:
+        state_dict: from `AveragingOptimizer.state_dict`. It is not modified; tensors are
+            referenced, not copied.
+        names: name in the checkpoint → new name, or None to drop the average. Averages that you
+            don't name keep their names.
+
+    Raises:
+        TypeError: a name is neither a string nor None.
+        ValueError: the checkpoint has no average of a name, or two would have the same name.
     """
     state_dict = checked_mapping("state_dict", state_dict)
     if BESIDE in state_dict:
