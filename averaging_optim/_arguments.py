@@ -30,7 +30,7 @@ def check_optimizer(optimizer: object) -> None:
     groups = getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list):
         raise TypeError(
-            "`optimizer` must have `param_groups`, which say what to average, got a "
+            "`optimizer` must have a list of `param_groups`, got a "
             f"{type(optimizer).__name__} with {groups!r}. Wrap the optimizer inside it instead."
         )
     for group in groups:
@@ -67,16 +67,19 @@ def checked_rules(rule: AnyRule | Mapping[str, AnyRule]) -> dict[str, Rule]:
         return {getattr(rule, "__name__", type(rule).__name__).lower(): Formula(rule)}
     if not isinstance(rule, Mapping):
         raise TypeError(
-            "`rule` must be a Rule, a function of the number of updates, or a mapping of names "
-            f"to these, got {rule!r}."
+            "`rule` must be a Rule such as EMA(0.999), a function of the number of updates, or a "
+            f"mapping of names to these, got {rule!r}."
         )
     if not rule:
-        raise ValueError(f"`rule` must name at least one Rule, got {rule!r}.")
+        raise ValueError(f"`rule` must contain at least one rule, got {rule!r}.")
     rules = {name: _named_rule(name, each) for name, each in rule.items()}
     for name, each in rules.items():
         for key in store_keys(name, each)[1:]:
             if key in rules:
-                raise ValueError(f"`rule` must name no average {key!r}, a snapshot of {name!r}.")
+                raise ValueError(
+                    f"`rule` must not name an average {key!r}, which is a snapshot of {name!r}. "
+                    "Choose another name."
+                )
     return rules
 
 
@@ -108,7 +111,7 @@ def checked_buffers(
         which = "one" if found.module is None else repr(key)
         _check_memory("buffers", buffer, which)
         if buffer in trained:
-            raise ValueError(f"`buffers` must hold no parameter that is trained, got {which}.")
+            raise ValueError(f"`buffers` must contain no trained parameter, got {which}.")
     return found
 
 
@@ -142,7 +145,7 @@ def _checked_tensors(argument: str, tensors: object, rule: str) -> tuple[Tensor,
     unique = tuple(dict.fromkeys(tensors))
     for each in unique:
         if not isinstance(each, Tensor):
-            raise TypeError(f"`{argument}` must hold tensors, got {each!r}.")
+            raise TypeError(f"`{argument}` must contain tensors, got {each!r}.")
     return unique
 
 
@@ -157,8 +160,8 @@ def _check_memory(argument: str, tensor: Tensor, which: str = "one") -> None:
     elif tensor.layout == torch.strided:
         kind = "expanded" if 0 in tensor.stride() else "overlapping itself"
     raise ValueError(
-        f"`{argument}` must hold tensors of which each number has memory of its own, got {which} "
-        f"that is {kind}, of shape {tuple(tensor.shape)}. Clone it, or leave it out."
+        f"`{argument}` must contain tensors whose elements don't share memory, got {which} that is "
+        f"{kind}, of shape {tuple(tensor.shape)}. Clone it, or leave it out."
     )
 
 
@@ -170,8 +173,8 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
         raise ValueError(f"`dtype` must be floating-point, got {dtype}.")
     if dtype is not None and dtype.itemsize == 1:
         raise ValueError(
-            f"`dtype` must be one in which torch can average, got {dtype}. Use torch.bfloat16, or "
-            "None for the weights' own, at least float32."
+            f"`dtype` must be one that torch can average in, got {dtype}. Use torch.bfloat16, or "
+            "None for the weights' dtype, but at least float32."
         )
     return dtype
 
@@ -182,8 +185,8 @@ def rounds_at_random(rounding: str, dtype: torch.dtype | None) -> bool:
         raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {rounding!r}.")
     if rounding == "stochastic" and dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
-            "`rounding` must be 'nearest' but for averages of 16 bits, got 'stochastic' with "
-            f"`dtype` {dtype}. Give `dtype=torch.bfloat16` too."
+            "`rounding` must be 'nearest' unless averages have 16 bits, got 'stochastic' with "
+            f"`dtype` {dtype}. Pass `dtype=torch.bfloat16` too."
         )
     return rounding == "stochastic"
 

@@ -117,11 +117,14 @@ class Averaged:
             averages.swap.refuse("evaluate_averages")
             if averages.rules.keys() != set(names):
                 raise ValueError(
-                    "`evaluate_averages` needs averages of the same names in each optimizer, got "
+                    "`optimizers` must have averages of the same names, got "
                     f"{names} and {list(averages.rules)}. Evaluate inside `swap_to_averaged`."
                 )
         if "weights" in names:
-            raise ValueError("`rules` must name no average 'weights', the key of the weights.")
+            raise ValueError(
+                "`rule` must not name an average 'weights', the key of the training weights here. "
+                "Choose another name."
+            )
         results = {"weights": evaluate()}
         for name in names:
             with self.swap_to_averaged(name):

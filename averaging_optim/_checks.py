@@ -57,7 +57,7 @@ def check_checkpoints(checkpoints: object) -> None:
             f"`checkpoints` must be a sequence of state dicts or paths, got {checkpoints!r}."
         )
     if len(checkpoints) == 0:
-        raise ValueError("`checkpoints` must hold at least one, got none.")
+        raise ValueError("`checkpoints` must contain at least one, got none.")
 
 
 def short_list(names: Sequence[str]) -> str:

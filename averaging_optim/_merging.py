@@ -141,11 +141,11 @@ def _checked_shares(shares: Sequence[float] | None, n: int) -> list[float]:
     if isinstance(shares, str) or not isinstance(shares, Sequence):
         raise TypeError(f"`shares` must be a sequence of numbers, got {shares!r}.")
     if len(shares) != n:
-        raise ValueError(f"`shares` must hold one for each of {n} checkpoints, got {len(shares)}.")
+        raise ValueError(f"`shares` must contain {n}, one for each checkpoint, got {len(shares)}.")
     for i, share in enumerate(shares):
         check_real(f"shares[{i}]", share, "(-∞, ∞)")
     if abs(math.fsum(shares) - 1) > 1e-6:
-        raise ValueError(f"`shares` must be 1 in sum, got {math.fsum(shares)}.")
+        raise ValueError(f"`shares` must sum to 1, got {math.fsum(shares)}.")
     return [float(share) for share in shares]
 
 
@@ -153,8 +153,8 @@ def _check_alike(first: SavedWeights, other: SavedWeights) -> None:
     for one, two in ((first, other), (other, first)):
         if more := [name for name in one.tensors if name not in two.tensors]:
             raise ValueError(
-                f"`{other.label}` must have the tensors that `{first.label}` has, got "
-                f"{more[0]!r} in `{one.label}` alone, one of {len(more)}."
+                f"`{other.label}` must have the same tensors as `{first.label}`, got {len(more)} "
+                f"that are in `{one.label}` only, such as {more[0]!r}."
             )
     for name, (shape, kind) in first.tensors.items():
         found_shape, found_kind = other.tensors[name]

@@ -141,7 +141,7 @@ class AveragingOptimizer(Averaged, Optimizer):
         skip_nonfinite: bool = False,
     ) -> None:
         if isinstance(optimizer, AveragingOptimizer):
-            raise TypeError("`optimizer` must not be an AveragingOptimizer. Pass it all rules.")
+            raise TypeError("`optimizer` must not be an AveragingOptimizer. Pass all rules to one.")
         check_optimizer(optimizer)
         if former := _former_averages(optimizer):
             former.swap.refuse("AveragingOptimizer(...)")
@@ -462,7 +462,10 @@ class AveragingOptimizer(Averaged, Optimizer):
             self._averages.note_state()
             if checkpoint.missing:
                 missing = ", ".join(checkpoint.missing)
-                warn_user(f"The state dict has no average for {missing}: averaging starts afresh.")
+                warn_user(
+                    f"The state dict has no average for {missing}: averaging starts at the present "
+                    "weights."
+                )
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)
 

@@ -46,10 +46,10 @@ def describe(rule: Rule, steps: int) -> Profile:
     if not isinstance(rule, Rule):
         raise TypeError(f"`rule` must be a Rule, got {rule!r}.")
     if rule.every is None:
-        raise ValueError(f"`rule` must average every so many steps, got {rule!r}.")
+        raise ValueError(f"`rule` must have an `every` that is not None, got {rule!r}.")
     check_integer("steps", steps, at_least=rule.start + rule.every)
     if any(map(rule.writes_back, range(1, steps + 2))):
-        raise ValueError(f"`rule` must not write its average into the weights, got {rule!r}.")
+        raise ValueError(f"`rule` must not write into the weights, got {rule!r}.")
     by_age = _shares_by_age(rule, steps)
     half = 0.5 - 1e-9  # so that rounding does not decide about an even number of equal shares
     return Profile(

@@ -48,7 +48,7 @@ def together(*optimizers: AveragingOptimizer) -> Together:
         ValueError: none is given, one is given twice, or two train the same parameter.
     """
     if not optimizers:
-        raise ValueError("`optimizers` must hold at least one AveragingOptimizer, got none.")
+        raise ValueError("`optimizers` must contain at least one AveragingOptimizer, got none.")
     for optimizer in optimizers:
         if not isinstance(optimizer, AveragingOptimizer):
             raise TypeError(f"`optimizers` must be AveragingOptimizers, got {optimizer!r}.")

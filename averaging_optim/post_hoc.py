@@ -145,10 +145,12 @@ def window(
         raise TypeError(f"`optimizer` must be an AveragingOptimizer, got {optimizer!r}.")
     chosen = optimizer._averages.named(name).name
     if not isinstance(optimizer.rules[chosen], SWA):
-        raise ValueError(f"`name` must be an average by SWA, got {optimizer.rules[chosen]!r}.")
+        raise ValueError(
+            f"`name` must be an average whose rule is SWA, got {optimizer.rules[chosen]!r}."
+        )
     counts = [each[chosen] for each in _counts(checkpoints, optimizer, [chosen])]
     if len(counts) != 2:
-        raise ValueError(f"`checkpoints` must be two, got {len(counts)}.")
+        raise ValueError(f"`checkpoints` must contain two, got {len(counts)}.")
     early, late = counts
     shares = {chosen: (-early / (late - early), late / (late - early))}
     return _summed(checkpoints, model, optimizer, shares)
@@ -254,8 +256,8 @@ def _power_emas(optimizer: AveragingOptimizer) -> dict[str, PowerEMA]:
     rules = {name: each for name, each in optimizer.rules.items() if isinstance(each, PowerEMA)}
     if len({rule.gamma for rule in rules.values()}) < max(2, len(rules)):
         raise ValueError(
-            "`optimizer` must keep two or more averages by `PowerEMA`, each of another width, "
-            f"got {dict(optimizer.rules)}."
+            "`optimizer` must keep two or more `PowerEMA` of different widths, got "
+            f"{dict(optimizer.rules)}."
         )
     # Time is counted in updates from `start`, which must be the same time for all of them.
     if len({(rule.start, rule.every) for rule in rules.values()}) > 1:
@@ -275,7 +277,7 @@ def _counts(
         counts = {name: checkpoint.counters[COUNT + name] for name in names}
         for name, count in counts.items():
             if count == 0:
-                raise ValueError(f"`checkpoints[{i}]` must hold an average {name!r}, has none yet.")
+                raise ValueError(f"`checkpoints[{i}]` must have updates of {name!r}, got 0.")
             if count <= before[name]:
                 raise ValueError(
                     f"`checkpoints[{i}]` must be later than the one before it, got {count} updates "
@@ -296,7 +298,7 @@ def _read(
         try:
             checkpoint = read_checkpoint(state_dict, optimizer._averages.look_up(), keys)
         except ValueError as error:
-            raise ValueError(f"`checkpoints[{i}]` must fit `optimizer`: {error}") from error
+            raise ValueError(f"`checkpoints[{i}]` must match `optimizer`. {error}") from error
         yield checkpoint
 
 

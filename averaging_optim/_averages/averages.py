@@ -331,8 +331,8 @@ class Averages(Mapping[str, Average]):
             if not is_here and sources and average.n_averaged.value > 0:
                 average.n_averaged.value = 0
                 warn_user(
-                    f"The parameter groups count updates of {average.name!r}, which isn't here: "
-                    "it starts afresh at the present weights."
+                    f"The parameter groups count updates of {average.name!r}, but the average "
+                    "was not loaded: it starts at the present weights."
                 )
             # Buffers may have another shape each time, as caches have.
             if misfit := [each for each in average.fit(sources) if each not in self.buffers]:
@@ -342,9 +342,9 @@ class Averages(Mapping[str, Average]):
             found = (tuple(each.shape) for misfit in misfits.values() for each in misfit)
             shapes = ", ".join(map(str, dict.fromkeys(found)))
             warn_user(
-                f"The averages {names} of parameters that now have the shapes {shapes} had others: "
-                "they start afresh at the present values. Resize an average with its parameter, "
-                'as `optimizer.state[parameter]["averaged_<name>"]`.'
+                f"Parameters changed their shapes to {shapes}: their averages {names} start at the "
+                "present values. To keep an average, resize it too: "
+                '`optimizer.state[parameter]["averaged_<name>"]`.'
             )
 
     def _let_go_of_left(self) -> None:
@@ -360,9 +360,9 @@ class Averages(Mapping[str, Average]):
             if isinstance(entry, dict):
                 for key in self._entries.stores.keys() & entry.keys():
                     raise ValueError(
-                        f"`rule` must name no average {key.removeprefix(AVERAGE)!r}, since "
-                        f"{type(self._optimizer).__name__} keeps a state of its own under {key!r}. "
-                        "Name the rule otherwise."
+                        f"`rule` must not name an average {key.removeprefix(AVERAGE)!r}: "
+                        f"{type(self._optimizer).__name__} has its own state {key!r}. Choose "
+                        "another name."
                     )
 
     @property
@@ -428,7 +428,8 @@ class Averages(Mapping[str, Average]):
         def move() -> Iterator[None]:
             if self.is_stepping:
                 raise RuntimeError(
-                    f"`swap_to_averaged({average.name!r})` is not allowed while `step` runs."
+                    f"`swap_to_averaged({average.name!r})` is not allowed while `step` runs. "
+                    "Swap before or after it, not in its closure or hooks."
                 )
             if torch._C._are_functorch_transforms_active():
                 # Whose gradients would be of the weights that are there after the block.

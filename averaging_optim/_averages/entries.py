@@ -98,8 +98,8 @@ def check_average(entry: str, value: object, tensor: Tensor) -> None:
         )
     if sharding_of(average) != sharding_of(tensor):
         raise ValueError(
-            f"`{entry}` must be spread over devices as its weight is, {sharding_of(tensor)}, "
-            f"got {sharding_of(average)}. See torch.distributed.tensor.distribute_tensor."
+            f"`{entry}` must be sharded like its parameter, {sharding_of(tensor)}, got "
+            f"{sharding_of(average)}. Use torch.distributed.tensor.distribute_tensor."
         )
 
 

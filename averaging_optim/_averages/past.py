@@ -43,7 +43,7 @@ class TrainedPast:
             return ""
         self._is_told = True
         return (
-            f"The average {average.name!r} lacks weights that were trained: {reason}. Call "
+            f"The average {average.name!r} misses training steps: {reason}. Call "
             "`update_averages()` after each step that isn't taken by `AveragingOptimizer.step`."
         )
 

@@ -195,8 +195,8 @@ class Sources:
         left = {each.shape for each in given if not any(each is own for own in present.values())}
         if any(other.is_floating_point() and other.shape in left for other in others):
             warn_user(
-                "Tensors that were given as `buffers` are not in the model: it has others, whose "
-                "values are not averaged. Give `buffers=model`, which follows them."
+                "The model has replaced tensors that you passed as `buffers`: the new ones are not "
+                "averaged. Pass `buffers=model`, which follows them."
             )
 
     def leaves_out(self, parameter: Tensor) -> bool:

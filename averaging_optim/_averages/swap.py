@@ -58,8 +58,8 @@ class SwapState:
     def refuse_if_superseded(self, call: str) -> None:
         if self.is_superseded:
             raise RuntimeError(
-                f"`{call}` is not allowed, since the wrapped optimizer has been wrapped again. "
-                "Use the AveragingOptimizer that wraps it now."
+                f"`{call}` is not allowed: the wrapped optimizer has been wrapped again. Use the "
+                "new AveragingOptimizer."
             )
 
     def enter(self, average: Average | Combination, move: Move) -> None:
@@ -111,7 +111,9 @@ class Swap:
 
     def __enter__(self) -> None:
         if self._phase != "new":
-            raise RuntimeError("`swap_to_averaged()` must be called for each block, got one again.")
+            raise RuntimeError(
+                "`swap_to_averaged()` must be called for each block: this one is in use."
+            )
         try:
             self._enter()
             self._phase = "entered"
@@ -129,7 +131,9 @@ class Swap:
         traceback: TracebackType | None,
     ) -> None:
         if self._phase not in ("inside", "entered"):
-            raise RuntimeError("`swap_to_averaged()` must be left once, after it was entered.")
+            raise RuntimeError(
+                "`swap_to_averaged()` must be entered before it is left, and left once."
+            )
         try:
             self._leave()
         finally:

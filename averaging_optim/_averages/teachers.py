@@ -135,10 +135,10 @@ def averaged_copy(model: nn.Module, stores: Sequence[TensorStore]) -> nn.Module:
         teacher = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
-            "`model` must be one that copy.deepcopy copies. Pass another instance of it as `into`. "
-            f"({type(error).__name__}: {error})"
+            "`model` must be one that copy.deepcopy can copy, got "
+            f"{type(error).__name__}: {error} Pass another instance of the model as `into`."
         ) from error
-    verify(teacher, model, stores, "`model` must be one that copy.deepcopy copies by its memo")
+    verify(teacher, model, stores, "`model` must be one that copy.deepcopy copies with its memo")
     return teacher
 
 
@@ -177,7 +177,7 @@ def verify(teacher: nn.Module, model: nn.Module, stores: Sequence[TensorStore], 
         if name not in own or not share_memory(own[name], kept_of(source, stores)):
             raise ValueError(
                 f"{rule}, got a {type(model).__name__} whose parameter {name!r} would not be the "
-                "average. Pass another instance of it as `into`, or use `swap_to_averaged`."
+                "average. Pass another instance of the model as `into`, or use `swap_to_averaged`."
             )
 
 
@@ -221,21 +221,23 @@ def _check_parameters(into: nn.Module, wanted: Mapping[str, Tensor]) -> None:
     pads = bool(fsdp_modules(into))
     for name, source in wanted.items():
         if own[name] is source or storages([own[name]]) == storages([source]):
-            raise ValueError(f"`into` must share nothing with the model, got its {name!r}.")
+            raise ValueError(
+                f"`into` must share no tensor with the model, got its {name!r}. Pass another "
+                "instance."
+            )
         if source_of.setdefault(own[name], source) is not source:
             raise ValueError(
-                f"`into` must have a {name!r} of its own, as the model has, got one that is tied."
+                f"`into` must have an untied {name!r}, as the model has, got one that is tied."
             )
         if sharding_of(own[name]) != sharding_of(source):
             raise ValueError(
-                f"`into` must have a {name!r} that is spread over devices as the model's is, "
-                f"{sharding_of(source)}, got {sharding_of(own[name])}."
+                f"`into` must have {name!r} sharded like the model's, {sharding_of(source)}, got "
+                f"{sharding_of(own[name])}. Call `fully_shard` on it as on the model."
             )
         if pads and sharding_of(source) and is_uneven(source):
             raise ValueError(
                 f"`into` must have parameters that FSDP shards evenly, got {name!r} of shape "
-                f"{tuple(source.shape)}, of which it computes with a padded copy. Use "
-                "`swap_to_averaged`."
+                f"{tuple(source.shape)}, which it pads. Use `swap_to_averaged`."
             )
 
 
@@ -260,6 +262,6 @@ def _address(tensor: Tensor) -> int:
 
 def _warn_of_parting() -> None:
     warn_user(
-        "A model from `averaged_model` was cast or moved, and does not follow its average any "
-        "more. Make a new one, or have averages of the dtype and device that you want."
+        "A model from `averaged_model` was cast or moved, and no longer follows its average. Make "
+        "a new one, or pass the `dtype` and `device` you want to `AveragingOptimizer`."
     )

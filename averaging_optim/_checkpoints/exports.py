@@ -54,7 +54,8 @@ def read_exported(
     unexpected = [key for key in state_dict if key not in present]
     if unexpected and strict:
         raise ValueError(
-            f"`state_dict[{short_repr(unexpected[0])}]` must be an entry of the model's."
+            f"`state_dict` must contain keys of the model only, got {short_repr(unexpected[0])}. "
+            "To load the rest, pass `strict=False`."
         )
     # A tied parameter has several keys; those that were exported come last and stay.
     keys = {
@@ -65,8 +66,8 @@ def read_exported(
     for weight in [weight for each in sources for weight in each.weights]:
         if weight not in keys and strict:
             raise ValueError(
-                "`model` must have all parameters that are averaged, lacks one of shape "
-                f"{tuple(weight.shape)}. Load the rest with `strict=False`."
+                "`model` must have all parameters that are averaged, got a model without one of "
+                f"shape {tuple(weight.shape)}. To load the rest, pass `strict=False`."
             )
     # Buffers that the model does not persist are in no export of it.
     averaged = {tensor for each in sources for tensor in each.all}

@@ -123,10 +123,14 @@ def read_buffers(entry: str, saved: Any, buffers: Buffers) -> dict[Tensor, Tenso
         names = plain_keys(buffers.module, {name: name for name in buffers.by_key})
         saved = {names.get(key, key): value for key, value in saved.items()}
     if not isinstance(saved, Mapping):
-        raise ValueError(f"`{entry}` must be a list of {len(buffers.by_key)} tensors.")
+        raise ValueError(
+            f"`{entry}` must be a list of {len(buffers.by_key)} tensors, got {short_repr(saved)}."
+        )
     for key in saved:
         if key not in buffers.by_key:
-            raise ValueError(f"`{entry}[{short_repr(key)}]` must be a buffer of the model.")
+            raise ValueError(
+                f"`{entry}` must contain buffers of the model only, got {short_repr(key)}."
+            )
     copied = frozenset(buffers.copied)
     averages = {}
     for key, buffer in buffers.by_key.items():
@@ -156,7 +160,7 @@ def load_or_roll_back(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         if isinstance(error, Exception):
             name = type(optimizer).__name__
             raise ValueError(
-                f"`state_dict` must be one that {name} loads, got {short_repr(error)}."
+                f"`state_dict` must be one that {name} can load, got {short_repr(error)}."
             ) from error
         raise
 
@@ -217,7 +221,7 @@ class _Saved:
             where = f"{place}[{short_repr(index)}][{AVERAGE + key!r}]"
             if value is None:
                 raise ValueError(
-                    f"`{where}` must be a tensor, got None. To begin that average anew, drop it "
+                    f"`{where}` must be a tensor, got None. To start the average over, drop it "
                     f"with `averaging_optim.renamed(state_dict, {{{name!r}: None}})`."
                 )
             check_average(where, value, weight)
@@ -255,13 +259,19 @@ def _taken_apart(state_dict: Mapping[str, Any], sources: Sources) -> _Saved:
 def _matching_groups(saved_groups: Any, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return the saved groups, with the present `average` where they do not say."""
     if not isinstance(saved_groups, list) or len(saved_groups) != len(groups):
-        raise ValueError(f"`param_groups` must be a list of {len(groups)} groups.")
+        raise ValueError(
+            f"`param_groups` must be a list of {len(groups)} groups, as this optimizer has, got "
+            f"{_length_or_repr(saved_groups)}."
+        )
     matching = []
     for i, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         entry, size = f"param_groups[{i}]", len(group["params"])
         saved_parameters = checked_mapping(entry, saved).get("params")
         if not isinstance(saved_parameters, list) or len(saved_parameters) != size:
-            raise ValueError(f"`{entry}['params']` must be a list of {size} parameters.")
+            raise ValueError(
+                f"`{entry}['params']` must be a list of {size} parameters, as this optimizer has, "
+                f"got {_length_or_repr(saved_parameters)}."
+            )
         average = saved.get("average", group.get("average", True))
         if not isinstance(average, bool):
             raise ValueError(
@@ -283,17 +293,25 @@ def _check_indices(
         entry = f"param_groups[{i}]['params']"
         for index, parameter in zip(saved["params"], group["params"], strict=True):
             if not _is_hashable(index):
-                raise ValueError(f"`{entry}` must hold hashable indices, got {short_repr(index)}.")
+                raise ValueError(
+                    f"`{entry}` must contain hashable indices, got {short_repr(index)}."
+                )
             if parameters.setdefault(index, parameter) is not parameter:
                 raise ValueError(
-                    f"`{entry}` must hold each index once, got {short_repr(index)} again."
+                    f"`{entry}` must contain each index once, got {short_repr(index)} twice."
                 )
             for name, entries in (("state", state), (PARAMETERS, apart)):
                 checked_mapping(f"{name}[{short_repr(index)}]", entries.get(index, {}))
     # torch keeps the entries of other indices, and counts parameters from 0 when it saves them.
     for index in range(len(parameters)):
         if index in state and index not in parameters:
-            raise ValueError(f"`state[{index}]` must belong to a parameter of `param_groups`.")
+            raise ValueError(
+                f"`state` must contain parameters of `param_groups` only, got the index {index}."
+            )
+
+
+def _length_or_repr(value: object) -> str:
+    return f"{len(value)}" if isinstance(value, list) else short_repr(value)
 
 
 def _is_hashable(value: object) -> bool:
@@ -321,7 +339,11 @@ def _refuse_unknown(saved: _Saved, keys: Mapping[str, Collection[str]]) -> None:
                 if key not in averages:
                     raise _no_rule(where, str(rule), keys)
                 if index not in saved.weights:
-                    raise ValueError(f"`{where}` must be of a parameter that is averaged here.")
+                    raise ValueError(
+                        f"`{where}` belongs to a parameter that this optimizer doesn't average. "
+                        "Check `average=False` and `exclude`, or drop the average with "
+                        "`averaging_optim.renamed`."
+                    )
     for i, group in enumerate(saved.groups):
         for key in group:
             if is_count(key) and key.removeprefix(COUNT) not in keys:
@@ -335,7 +357,7 @@ def _refuse_unknown(saved: _Saved, keys: Mapping[str, Collection[str]]) -> None:
 def _no_rule(entry: str, name: str, names: Iterable[str]) -> ValueError:
     return ValueError(
         f"`{entry}` belongs to no rule of this optimizer ({', '.join(map(repr, names))}). Name a "
-        f"rule {short_repr(name)}, or rename or drop that average with "
+        f"rule {short_repr(name)}, or rename or drop it with "
         "`averaging_optim.renamed(state_dict, ...)`."
     )
 
@@ -363,7 +385,7 @@ def _checked_count(
     for i, count in enumerate(counts):
         if count != counts[0]:
             raise ValueError(
-                f"`param_groups[{i}][{key!r}]` must be as in the first group, {counts[0]}, "
+                f"`param_groups[{i}][{key!r}]` must be {counts[0]}, as in the first group, "
                 f"got {count}."
             )
     return counts[0]

@@ -69,12 +69,12 @@ def _new_names(names: Mapping[Any, Any], present: set[str]) -> dict[str, str | N
             raise TypeError(f"`names[{short_repr(name)}]` must be a string or None, got {to!r}.")
         if name not in present:
             raise ValueError(
-                f"`names` must name averages of the checkpoint, {sorted(present)}, got {name!r}."
+                f"`names` must map averages in the checkpoint, {sorted(present)}, got {name!r}."
             )
     new = {name: names.get(name, name) for name in sorted(present)}
     kept = [to for to in new.values() if to is not None]
     if len(set(kept)) < len(kept):
-        raise ValueError(f"`names` must give each average a name of its own, got {new}.")
+        raise ValueError(f"`names` must give each average a different name, got {new}.")
     return new
 
 

@@ -84,7 +84,7 @@ def _found(label: str, state_dict: Mapping[str, Any], key: str | None) -> Mappin
                 found = found.get(part) if isinstance(found, Mapping) else None
         if not isinstance(found, Mapping) or not _holds_tensors(found):
             raise ValueError(
-                f"`key` must say where the weights are in `{label}`, which has "
+                f"`key` must be where the weights are in `{label}`, which contains "
                 f"{short_list(list(map(str, state_dict)))}, got {key!r}."
             )
         return found
@@ -98,8 +98,8 @@ def _found(label: str, state_dict: Mapping[str, Any], key: str | None) -> Mappin
     if len(usual) != 1:
         names = usual or list(map(str, state_dict))
         raise ValueError(
-            f"`{label}` must hold the weights of one model, got {short_list(names)}. Say which by "
-            "`key`."
+            f"`{label}` must contain the weights of one model, got {short_list(names)}. Pass "
+            "the right one as `key`."
         )
     return checked_mapping(label, state_dict[usual[0]])
 
@@ -188,5 +188,5 @@ def _loaded(path: Path) -> Mapping[str, Any]:
         # The format of torch before 1.6.
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{str(path)!r} must hold a state dict, got {short_repr(loaded)}.")
+        raise ValueError(f"{str(path)!r} must contain a state dict, got {short_repr(loaded)}.")
     return loaded
