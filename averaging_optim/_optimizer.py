@@ -111,8 +111,9 @@ class AveragingOptimizer(Averaged, Optimizer):
             dtype of the same precision.
         device: where averages are kept. By default beside each tensor.
         rounding: "nearest", or "stochastic" for averages of 16 bits (`dtype`): they are rounded
-            up or down at random, so that they move, on average, as exact ones do. The random
-            numbers are the same on all ranks and in a resumed run.
+            up or down at random, so that they move, on average, as exact ones do. The first
+            update copies the weights, rounded to the nearest. All ranks draw the same random
+            numbers, and so does a run that is resumed on as many ranks.
         skip_nonfinite: skip an update if it could put a NaN or an infinity into an average: if a
             weight or buffer is not finite, or above a quarter of the largest number of the
             average's dtype. Then no average is updated, and `param_groups[j]["n_skipped"]` counts

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_processes
+from test_parallel import trains_with_fsdp, whole, whole_averages
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
-from training import frozen, same, small_model, train
+from training import averages, frozen, same, small_model, train
 
-from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
+from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Rule
 from averaging_optim._averages.rounding import rounded_at_random
 
 LOW = [torch.bfloat16, torch.float16]
+RULES: dict[str, Rule] = {"ema": EMA(0.99), "swa": SWA(start=2), "last": LAWA(k=3)}
 
 
 def averaging(weights: Any, rule: Rule | dict[str, Rule], dtype: torch.dtype) -> AveragingOptimizer:
@@ -44,13 +53,47 @@ def test_an_average_with_a_long_memory_moves_as_in_exact_arithmetic(dtype: torch
     assert average.double().mean().item() == pytest.approx(exact, abs=5 * spread / math.sqrt(400))
 
 
+@pytest.mark.parametrize("k", [2, 64])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_the_mean_of_the_last_weights_moves_as_in_exact_arithmetic(
+    dtype: torch.dtype, k: int
+) -> None:
+    """Its snapshots have 16 bits too, and it is made of them again at each update."""
+    step, updates = torch.finfo(dtype).eps / 10, 200
+    weight = nn.Parameter(torch.ones(10_000))
+    optimizer = averaging([weight], LAWA(k), dtype)
+    for _ in range(updates):
+        optimizer.update_averages()
+        with torch.no_grad():
+            weight.add_(step)
+    average = optimizer.state[weight]["averaged_lawa"].double()
+    exact = 1 + step * (updates - (k + 1) / 2)
+    spread = average.std().item()
+    assert 0 < spread < torch.finfo(dtype).eps
+    assert average.mean().item() == pytest.approx(exact, abs=5 * spread / math.sqrt(10_000))
+
+
+def test_complex_averages_have_32_bits_a_part_and_are_not_rounded() -> None:
+    def averages_rounded(rounding: str) -> list[Tensor]:
+        weight = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+        sgd = SGD([weight], lr=0.1)
+        optimizer = AveragingOptimizer(sgd, RULES, dtype=torch.bfloat16, rounding=rounding)
+        for number in range(6):
+            with torch.no_grad():
+                weight.mul_(1.1 + 0.1j * number)
+            optimizer.step()
+        return [optimizer.state[weight][f"averaged_{name}"] for name in RULES]
+
+    assert same(averages_rounded("stochastic"), averages_rounded("nearest"))
+
+
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_a_constant_stays_exactly_itself(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     # + 0, since −0 becomes 0 in any sum.
     values = (torch.randn(1000) * torch.logspace(-9, 4, 1000)).to(dtype) + 0
     weight = nn.Parameter(values.float())
-    optimizer = averaging([weight], {"ema": EMA(0.9), "swa": SWA()}, dtype)
+    optimizer = averaging([weight], RULES, dtype)
     for _ in range(20):
         optimizer.update_averages()
     for name in optimizer.rules:
@@ -89,19 +132,72 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, number: float) -> None:
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_a_resumed_run_is_the_one_that_never_stopped(dtype: torch.dtype) -> None:
-    rules: dict[str, Rule] = {"ema": EMA(0.99), "swa": SWA(start=2)}
     model = small_model()
-    optimizer = averaging(model.parameters(), rules, dtype)
+    optimizer = averaging(model.parameters(), RULES, dtype)
     train(model, optimizer, 5)
     weights, saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     train(model, optimizer, 5, first=5)
     resumed = small_model()
-    other = averaging(resumed.parameters(), rules, dtype)
+    other = averaging(resumed.parameters(), RULES, dtype)
     torch.manual_seed(7)  # has no part in it
     resumed.load_state_dict(weights)
     other.load_state_dict(saved)
     train(resumed, other, 5, first=5)
     assert frozen(other.state_dict()) == frozen(optimizer.state_dict())
+
+
+def with_ddp() -> dict[str, list[Tensor]]:
+    model = DistributedDataParallel(small_model())
+    optimizer = averaging(model.parameters(), RULES, torch.bfloat16)
+    train(model, optimizer, 6)
+    return whole_averages(optimizer)
+
+
+def test_two_ranks_round_exactly_as_one_process() -> None:
+    model = small_model()
+    optimizer = averaging(model.parameters(), RULES, torch.bfloat16)
+    train(model, optimizer, 6)
+    for found in in_processes(2, with_ddp):
+        assert frozen(found) == frozen({name: averages(optimizer, name) for name in RULES})
+
+
+def partly_sharded() -> tuple[nn.Module, AveragingOptimizer]:
+    """Return a model of which three ranks have two, two and no rows, and all have the last part."""
+    model = small_model()
+    fully_shard(model[0])
+    return model, averaging(model.parameters(), RULES, torch.bfloat16)
+
+
+def checkpoint_of(model: nn.Module, optimizer: AveragingOptimizer) -> dict[str, Any]:
+    weights, state = get_state_dict(model, optimizer)
+    return {"model_state_dict": weights, "optim_state_dict": state}
+
+
+def stopped_and_resumed(folder: Path) -> list[Any]:
+    """Return weights and averages of a run that never stopped, and of one that did."""
+    model, optimizer = partly_sharded()
+    train(model, optimizer, 5)
+    save_distributed(checkpoint_of(model, optimizer), checkpoint_id=folder)
+    train(model, optimizer, 5, first=5)
+    resumed, other = partly_sharded()
+    saved = checkpoint_of(resumed, other)
+    load_distributed(saved, checkpoint_id=folder)
+    set_state_dict(resumed, other, **saved)
+    train(resumed, other, 5, first=5)
+    return [
+        [whole(each.parameters()), whole_averages(its)]
+        for each, its in ((model, optimizer), (resumed, other))
+    ]
+
+
+@trains_with_fsdp
+def test_ranks_with_unlike_shards_round_alike_what_they_share_and_resume_bit_for_bit(
+    tmp_path: Path,
+) -> None:
+    first, *others = in_processes(3, stopped_and_resumed, tmp_path)
+    never_stopped, resumed = first
+    assert frozen(resumed) == frozen(never_stopped)
+    assert frozen(others) == frozen([first] * 2)
 
 
 def test_training_takes_its_random_numbers_as_without() -> None:

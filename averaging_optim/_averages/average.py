@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from averaging_optim._averages.moving import numeric_kind
+from averaging_optim._averages.rounding import seed_of
 from averaging_optim._averages.store import TensorStore
 from averaging_optim._averages.teachers import Teacher
 from averaging_optim._checks import check_real
@@ -108,21 +109,36 @@ class Average:
         for teacher in list(self.teachers.values()):
             teacher.follow()
 
-    def rebuild_from_snapshots(self, sources: Sequence[Tensor]) -> None:
-        """Leave the oldest snapshot out, if the average is of as many weights as may be."""
+    def rebuild_from_snapshots(self, sources: Sequence[Tensor], *, at_random: bool) -> None:
+        """Leave the oldest snapshot out, if the average is of as many weights as may be.
+
+        Args:
+            at_random: round to 16 bits at random.
+        """
         n_averaged, size = self.n_averaged.value, len(self.snapshots)
         if size == 0 or n_averaged <= size:
             return
-        for i in range(size):
-            # Snapshot j lies at j % size, so that the oldest is the one to come next.
-            snapshot = self.snapshots[(n_averaged + i) % size]
-            self.tensors.move_toward_other(snapshot, sources, self.share(i))
+        # Snapshot j lies at j % size, so that the oldest is the one to come next.
+        ordered = [self.snapshots[(n_averaged + i) % size] for i in range(size)]
+        shares = [self.share(i) for i in range(size)]
+        if at_random:
+            kept = [[each.tensors[source] for source in sources] for each in ordered]
+            seed = seed_of(f"{self.name}_rebuilt", n_averaged)
+            self.tensors.average_at_random(sources, kept, shares, seed)
+            return
+        for snapshot, share in zip(ordered, shares, strict=True):
+            self.tensors.move_toward_other(snapshot, sources, share)
 
-    def count_update(self, sources: Sequence[Tensor]) -> None:
+    def count_update(self, sources: Sequence[Tensor], *, at_random: bool) -> None:
         """Note that the average was updated, with a snapshot of the weights in it."""
         n_averaged = self.n_averaged.value
         if self.snapshots:
-            self.snapshots[n_averaged % len(self.snapshots)].copy_from(sources)
+            snapshot = self.snapshots[n_averaged % len(self.snapshots)]
+            if at_random:
+                seed = seed_of(f"{self.name}_snapshot", n_averaged)
+                snapshot.average_at_random(sources, [sources], [1.0], seed)
+            else:
+                snapshot.copy_from(sources)
         self.n_averaged.value = n_averaged + 1
         self.has_counted = True
 

@@ -178,7 +178,7 @@ class Averages(Mapping[str, Average]):
     def _move(self, sources: Sequence[Tensor], shares: Mapping[Average, float]) -> None:
         for average in shares:
             if average.snapshots:
-                average.rebuild_from_snapshots(sources)
+                average.rebuild_from_snapshots(sources, at_random=self._rounds_at_random)
         # A share of 0 changes nothing, not even an average whose weights are infinite.
         moving = [average for average in shares if shares[average] > 0]
         if moving:
@@ -194,7 +194,7 @@ class Averages(Mapping[str, Average]):
             else:
                 move_toward(groups, factors)
         for average in shares:
-            average.count_update(sources)
+            average.count_update(sources, at_random=self._rounds_at_random)
 
     def _stay_finite(self, sources: Sequence[Tensor]) -> bool:
         # All averages are of the same dtypes, so that one speaks for the others.

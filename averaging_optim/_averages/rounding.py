@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +18,9 @@ _SUBNORMAL, _DISTANCE = 2.0**-14, 2.0**-24
 
 _PIECE = 2**20
 
+# An odd number without pattern, so that no tensor has the seed that the next one had before.
+_APART = 0x9E3779B97F4A7C15
+
 
 @torch.no_grad()
 def move_toward_at_random(
@@ -31,20 +33,36 @@ def move_toward_at_random(
 
     Args:
         groups: weights, followed by lists of their averages, for each dtype and device.
-        shares: in (0, 1], for each list of averages. 1 copies.
+        shares: in (0, 1], for each list of averages. 1 copies, to the nearest.
         seeds: for each list of averages.
     """
-    for number, (weights, *averages) in enumerate(groups):
-        for kept, share, seed in zip(averages, shares, seeds, strict=True):
-            generator = torch.Generator(kept[0].device).manual_seed(seed + number)
-            pairs = zip(kept, weights, strict=True)
-            for average, weight in itertools.chain(*(cut_alike(pair, _PIECE) for pair in pairs)):
-                if share == 1 or average.dtype not in _LOST_BITS:
-                    average.lerp_(weight.to(average), share)
-                else:
-                    there = weight.to(average.device, torch.float32)
-                    exact = average.float().lerp_(there, share)
-                    average.copy_(rounded_at_random(exact, average.dtype, generator))
+    for number, (weight, *averages) in enumerate(_rows(groups)):
+        for average, share, seed in zip(averages, shares, seeds, strict=True):
+            if share == 1:
+                average.copy_(weight)
+                continue
+            generator = _generator(average, seed, number)
+            for part, toward in cut_alike((average, weight), _PIECE):
+                _put(part, _wide(part, part).lerp(_wide(toward, part), share), generator)
+
+
+@torch.no_grad()
+def put_average_at_random(
+    groups: Iterable[list[list[Tensor]]], shares: Sequence[float], seed: int
+) -> None:
+    """average ← what some tensors give by the recurrence, rounded once to 16 bits at random.
+
+    Args:
+        groups: averages, followed by lists of these tensors, for each dtype and device.
+        shares: for each list of them, the first of which is 1.
+    """
+    for number, row in enumerate(_rows(groups)):
+        generator = _generator(row[0], seed, number)
+        for average, first, *others in cut_alike(row, _PIECE):
+            exact = _wide(first, average)
+            for other, share in zip(others, shares[1:], strict=True):
+                exact = exact.lerp(_wide(other, average), share)
+            _put(average, exact, generator)
 
 
 def rounded_at_random(exact: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -65,3 +83,23 @@ def rounded_at_random(exact: Tensor, dtype: torch.dtype, generator: torch.Genera
 def seed_of(name: str, n_averaged: int) -> int:
     """Return a seed for an update, the same on all ranks and when a run is resumed."""
     return zlib.crc32(name.encode()) * 2**31 + n_averaged % 2**31
+
+
+def _rows(groups: Iterable[list[list[Tensor]]]) -> Iterator[tuple[Tensor, ...]]:
+    return (row for group in groups for row in zip(*group, strict=True))
+
+
+def _generator(tensor: Tensor, seed: int, number: int) -> torch.Generator:
+    # One for each tensor: of what is sharded unevenly ranks draw unlike many numbers, which must
+    # not make them round otherwise what they all hold.
+    return torch.Generator(tensor.device).manual_seed((seed + number * _APART) % 2**63)
+
+
+def _wide(tensor: Tensor, average: Tensor) -> Tensor:
+    """Return a tensor as sums are formed for this average, of at least 32 bits."""
+    return tensor.to(average.device, torch.promote_types(average.dtype, torch.float32))
+
+
+def _put(average: Tensor, exact: Tensor, generator: torch.Generator) -> None:
+    is_rounded = average.dtype in _LOST_BITS  # but for complex ones, kept in 64 bits
+    average.copy_(rounded_at_random(exact, average.dtype, generator) if is_rounded else exact)

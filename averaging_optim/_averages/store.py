@@ -31,6 +31,7 @@ from averaging_optim._averages.moving import (
     stay_finite,
     storages,
 )
+from averaging_optim._averages.rounding import put_average_at_random
 from averaging_optim._averages.sharding import sharding_of
 
 
@@ -112,6 +113,17 @@ class TensorStore:
         kept = [self.tensors[source] for source in sources]
         if share > 0:
             move_toward(group_by_dtype_and_device(others, kept), [share])
+
+    def average_at_random(
+        self,
+        sources: Sequence[Tensor],
+        others: Sequence[Sequence[Tensor]],
+        shares: Sequence[float],
+        seed: int,
+    ) -> None:
+        """Let what is kept of these sources be the average of others, see `rounding`."""
+        kept = [self.tensors[source] for source in sources]
+        put_average_at_random(group_by_dtype_and_device(kept, *others), shares, seed)
 
     @contextmanager
     def in_place_of(
