@@ -116,7 +116,8 @@ class EMA(Rule):
     Source: Polyak, Juditsky: Acceleration of stochastic approximation by averaging,
     SIAM J. Control Optim. 30(4), 1992, for averaging; exponential weights are
     signal processing's. Kingma, Ba: Adam, ICLR 2015, arXiv 1412.6980, for `debias`. Compared
-    with torch's `AveragedModel` and timm's `ModelEmaV3`, update by update.
+    update by update with torch's `AveragedModel`, timm's `ModelEmaV3` and torch_ema, and with
+    the first moment of torch's `Adam` for `debias`.
 
     Example:
         >>> EMA(decay=0.75).weight(n_averaged=7)
@@ -208,8 +209,8 @@ class SWA(Rule):
         start, every: see `Rule`.
 
     Source: Izmailov, Podoprikhin, Garipov, Vetrov, Wilson: Averaging Weights Leads to
-    Wider Optima and Better Generalization, UAI 2018, arXiv 1803.05407. Compared with torch's
-    `AveragedModel`, update by update.
+    Wider Optima and Better Generalization, UAI 2018, arXiv 1803.05407. Compared update by
+    update with torch's `AveragedModel`.
 
     Example:
         >>> SWA(start=1000, every=10).weight(n_averaged=3)
@@ -242,7 +243,9 @@ class T_ADEMA(Rule):
         ValueError: an argument is outside its interval.
 
     Source: Yang, Zhu, Sun, Yang: Research on Image Classification Algorithm Based on
-    Dynamic Decay EMA, J. Chinese Computer Systems 41(7), 2020, 1524-1529.
+    Dynamic Decay EMA, J. Chinese Computer Systems 41(7), 2020, 1524-1529. No package has it:
+    compared update by update with the formula of the code that is copied widely, alpha · tanh(n),
+    which counts tensors for n where this rule counts updates.
 
     Example:
         >>> rule = T_ADEMA(alpha=0.9, timescale=10)
@@ -278,7 +281,8 @@ class ExponentialRamp(Rule):
         ValueError: an argument is outside its interval.
 
     Source: `ModelEMA` of YOLOv5 and Ultralytics. It begins at the initial weights, as this rule
-    does after `update_averages()` before the first step.
+    does after `update_averages()` before the first step. Compared update by update with its
+    formula.
 
     Example:
         >>> [round(ExponentialRamp(0.9999, tau=2000).weight(n), 3) for n in (0, 2000, 10_000)]
@@ -315,7 +319,8 @@ class PolynomialAverage(Rule):
         ValueError: an argument is outside its interval.
 
     Source: Shamir, Zhang: Stochastic Gradient Descent for Non-smooth Optimization, ICML
-    2013, arXiv 1212.1824, "polynomial-decay averaging".
+    2013, arXiv 1212.1824, "polynomial-decay averaging". Compared update by update with
+    `PolynomialDecayAverager` of dog-optimizer, whose gamma is `eta`.
 
     Example:
         >>> [round(PolynomialAverage(eta=3).weight(n), 3) for n in (0, 1, 10, 100)]
@@ -351,7 +356,9 @@ class PowerEMA(Rule):
         ValueError: an argument is outside its interval.
 
     Source: Karras, Aittala, Lehtinen, Hellsten, Aila, Laine: Analyzing and Improving the
-    Training Dynamics of Diffusion Models (EDM2), CVPR 2024, arXiv 2312.02696.
+    Training Dynamics of Diffusion Models (EDM2), CVPR 2024, arXiv 2312.02696. Compared update
+    by update with its formula, and with ema-pytorch's `KarrasEMA`, whose count is set back by
+    one: left alone, it takes 1 / (n + 2) for Δt / t.
 
     Example:
         >>> [round(PowerEMA(gamma=6.94).weight(n), 3) for n in (0, 1, 10, 100)]
@@ -405,7 +412,9 @@ class HalfLifeFraction(Rule):
         TypeError: an argument is not a number.
         ValueError: an argument is outside its interval.
 
-    Source: torchtitan's EMA, and arXiv 2602.03702.
+    Source: torchtitan's EMA, and arXiv 2602.03702. Compared update by update with torchtitan's
+    formula. It begins at the initial weights, of which 2^(−1 / fraction) are left after the first
+    update, 1e-6 with 0.05; this rule copies.
 
     Example:
         >>> [round(HalfLifeFraction(0.05).weight(n), 3) for n in (0, 10, 100, 1000)]
@@ -441,7 +450,8 @@ class LAWA(Rule):
         ValueError: an argument is too small.
 
     Source: Kaddour: Stop Wasting My Time! Saving Days of ImageNet and BERT Training with
-    Latest Weight Averaging, 2022, arXiv 2209.14981.
+    Latest Weight Averaging, 2022, arXiv 2209.14981. Compared update by update with the mean
+    of the last k weights in float64.
 
     Example:
         >>> from averaging_optim import describe
@@ -481,7 +491,8 @@ class Lookahead(Rule):
         ValueError: an argument is outside its interval.
 
     Source: Zhang, Lucas, Hinton, Ba: Lookahead Optimizer: k steps forward, 1 step back,
-    NeurIPS 2019, arXiv 1907.08610.
+    NeurIPS 2019, arXiv 1907.08610. Compared step by step with pytorch_optimizer's `Lookahead`,
+    weights and averages.
 
     Example:
         >>> rule = Lookahead(alpha=0.5, every=5)
@@ -527,7 +538,8 @@ class SwitchEMA(Rule):
         ValueError: an argument is outside its interval.
 
     Source: Li, Liu, Tian et al.: Switch EMA: A Free Lunch for Better Flatness and
-    Sharpness, 2024, arXiv 2402.09240.
+    Sharpness, 2024, arXiv 2402.09240. Compared step by step with what the paper does, by the
+    EMA of torch's `AveragedModel`, weights and averages.
 
     Example:
         >>> rule = SwitchEMA(decay=0.99, every=100)
@@ -573,8 +585,8 @@ class PowerRamp(Rule):
         TypeError: an argument is not a number.
         ValueError: an argument is outside its interval.
 
-    Source: Crowson's EMA with warm-up in k-diffusion. Compared with timm's `ModelEmaV3`, diffusers'
-    `EMAModel(use_ema_warmup=True)` and ema-pytorch, update by update.
+    Source: Crowson's EMA with warm-up in k-diffusion. Compared update by update with timm's
+    `ModelEmaV3`, diffusers' `EMAModel(use_ema_warmup=True)` and ema-pytorch's `EMA`.
 
     Example:
         >>> [round(PowerRamp(power=2 / 3).weight(n), 3) for n in (0, 1, 2, 3)]
@@ -608,8 +620,8 @@ class TFRamp(Rule):
 
     Source: `tf.train.ExponentialMovingAverage(decay, num_updates)`, which starts at the initial
     weights and takes the smaller of decay and (1 + num_updates) / (10 + num_updates), whatever
-    count it is given. Compared with diffusers' `EMAModel`, which ramps so by default, and with
-    torch_ema begun at the same weights, update by update.
+    count it is given. Compared update by update with diffusers' `EMAModel`, which ramps so by
+    default, and with torch_ema begun at the same weights.
 
     Example:
         >>> [round(TFRamp().weight(n), 3) for n in (0, 1, 10, 100)]
