@@ -1,4 +1,4 @@
-"""How much of the present weights goes into an average: one formula for each rule."""
+"""Rules: which share the present weights get in an average, one formula for each."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ class Rule(ABC):
 
     average ← average + wₙ · (weights − average),    wₙ = weight(n)
 
-    n is the number of updates averaged so far. The first update, n = 0, copies the
-    weights whatever `weight` says, for there is nothing yet to average them with.
-
-    A subclass needs `weight` alone. Rules are values: frozen, compared by their
-    arguments, free of state (the counts are kept by the optimizer).
-
-    Args:
-        start: optimizer steps to let pass before averaging, at least 0.
-        every: optimizer steps from one update to the next, at least 1: the rule
-            averages after steps start + every, start + 2·every, … None leaves it to
-            `AveragingOptimizer.update_averages`. A decay counts updates, not steps.
-
-    Raises:
-        TypeError: an argument is not an integer.
-        ValueError: an argument is too small.
-
     Example:
         >>> class Half(Rule):
         ...     def weight(self, n_averaged):
         ...         return 0.5
         >>> Half(start=100).weight(n_averaged=3)
         0.5
+
+    n is the number of updates so far. The first update, n = 0, copies the weights whatever `weight`
+    returns, as there is nothing yet to average them with.
+
+    A subclass needs only `weight`. Rules are values: they are frozen, compare equal by their
+    arguments and have no state, since the optimizer keeps the counts.
+
+    Args:
+        start: optimizer steps before averaging begins, at least 0.
+        every: optimizer steps from one update to the next, at least 1. Updates come after steps
+            start + every, start + 2·every, … With None they come when you call
+            `AveragingOptimizer.update_averages`. A decay counts updates, not steps.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: an argument is too small.
     """
 
     _: KW_ONLY
@@ -54,70 +54,45 @@ class Rule(ABC):
         """Return the share in [0, 1] that the present weights get.
 
         Args:
-            n_averaged: updates averaged so far, at least 0.
+            n_averaged: number of updates so far, at least 0.
         """
 
     def is_due(self, step: int) -> bool:
-        """Return whether to average after this optimizer step, the first being 1.
+        """Return whether an update comes after this optimizer step. The first step is 1.
 
-        A rule may be due at 0 too, to begin with the weights as they are before any step.
+        A rule may be due at step 0 too, to begin with the weights before training.
         """
         if self.every is None or step <= self.start:
             return False
         return (step - self.start) % self.every == 0
 
     def writes_back(self, n_averaged: int) -> bool:
-        """Return whether the weights take the values of the average after this update.
+        """Return whether the average is written into the weights after this update.
 
         Args:
-            n_averaged: updates averaged so far, this one included, at least 1.
+            n_averaged: number of updates including this one, at least 1.
         """
         return False
 
     @property
     def switches_when_asked(self) -> bool:
-        """Whether `update_averages` only lets the weights take the values of the average."""
+        """Whether `update_averages` writes the average into the weights and does nothing else."""
         return False
 
     @property
     def snapshots(self) -> int:
-        """How many past weights to keep, to average over these and the present ones alone.
+        """How many past weights to keep, to average over these and the present ones only.
 
-        The average is then as `weight` makes it of the last 1 + snapshots weights; 0 for
-        all weights ever seen, of which none need be kept.
+        0, for most rules, averages over all weights and keeps none of them.
         """
         return 0
 
 
 @dataclass(frozen=True)
 class EMA(Rule):
-    """Exponential moving average: a constant share.
+    """Exponential moving average: the present weights always get the same share.
 
     wₙ = 1 − decay,    w₀ = 1
-
-    The average looks back over some 1 / (1 − decay) updates. It starts at the first
-    weights it sees, as in `torch.optim.swa_utils.get_ema_multi_avg_fn`, and forgets them
-    as slowly as any others; `debias` and `warmup` let it forget them sooner.
-
-    Args:
-        decay: the share of the old average, in [0, 1]. 0 gives the present weights,
-            1 the first.
-        debias: wₙ = (1 − decay) / (1 − decayⁿ⁺¹), by which the first weights count as any
-            others: what Adam does for its moments.
-        warmup: a rule whose share is taken while it is the larger one: `PowerRamp()`,
-            `TFRamp()`, or `SWA()` for the mean of all weights until it is a mean over
-            1 / (1 − decay) updates.
-        start, every: see `Rule`.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: an argument is outside its interval.
-
-    Source: Polyak, Juditsky: Acceleration of stochastic approximation by averaging,
-    SIAM J. Control Optim. 30(4), 1992, for averaging; exponential weights are
-    signal processing's. Kingma, Ba: Adam, ICLR 2015, arXiv 1412.6980, for `debias`. Compared
-    update by update with torch's `AveragedModel`, timm's `ModelEmaV3` and torch_ema, and with
-    the first moment of torch's `Adam` for `debias`.
 
     Example:
         >>> EMA(decay=0.75).weight(n_averaged=7)
@@ -126,6 +101,28 @@ class EMA(Rule):
         [1.0, 0.571, 0.432, 0.265]
         >>> [round(EMA(0.75, warmup=SWA()).weight(n), 3) for n in (0, 1, 2, 9)]
         [1.0, 0.5, 0.333, 0.25]
+
+    The average looks back over about 1 / (1 − decay) updates. It begins with the first weights it
+    sees, as `torch.optim.swa_utils.get_ema_multi_avg_fn` does, and forgets them slowly. `debias`
+    and `warmup` make it forget them sooner.
+
+    Args:
+        decay: the share of the old average, in [0, 1]. 0 gives the present weights, 1 the first.
+        debias: use wₙ = (1 − decay) / (1 − decayⁿ⁺¹), which removes the bias towards the first
+            weights, as Adam does for its moments.
+        warmup: a rule whose share is used as long as it is larger: `PowerRamp()`, `TFRamp()`, or
+            `SWA()` for the plain mean of the first 1 / (1 − decay) weights.
+        start, every: see `Rule`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its interval.
+
+    Source: Polyak, Juditsky: Acceleration of stochastic approximation by averaging,
+    SIAM J. Control Optim. 30(4), 1992, for averaging; exponential weights are
+    signal processing's. Kingma, Ba: Adam, ICLR 2015, arXiv 1412.6980, for `debias`. Compared
+    update by update with torch's `AveragedModel`, timm's `ModelEmaV3` and torch_ema, and with
+    the first moment of torch's `Adam` for `debias`.
     """
 
     decay: float = 0.999
@@ -158,19 +155,19 @@ class EMA(Rule):
         debias: bool = False,
         warmup: Rule | None = None,
     ) -> EMA:
-        """Return the EMA in which weights count half as much as those `steps` steps later.
+        """Return the EMA in which weights count half as much as the weights `steps` steps later.
 
         decay = 2^(−every / steps)
+
+        Example:
+            >>> EMA.from_half_life(steps=100, every=50).decay
+            0.7071067811865476
 
         Args:
             steps: optimizer steps, not updates, in (0, ∞).
             every, start, debias, warmup: see `EMA`.
 
         Source: Composer's `half_life`.
-
-        Example:
-            >>> EMA.from_half_life(steps=100, every=50).decay
-            0.7071067811865476
         """
         check_real("steps", steps, "(0, ∞)")
         check_integer("every", every, at_least=1)
@@ -178,19 +175,19 @@ class EMA(Rule):
         return cls(decay, start=start, every=every, debias=debias, warmup=warmup)
 
     def scaled(self, batch_factor: float) -> EMA:
-        """Return the EMA that sees as many samples when a batch has so many times more.
+        """Return the EMA that looks back over as many samples at another batch size.
 
         decay ← decay^batch_factor
-
-        Args:
-            batch_factor: the new batch size in old ones, in (0, ∞).
-
-        Source: Busbridge, Ramapuram, Ablin, Likhomanenko, Dhekane, Suau, Webb: How to
-        Scale Your EMA, NeurIPS 2023, arXiv 2307.13813.
 
         Example:
             >>> EMA(decay=0.5).scaled(batch_factor=3).decay
             0.125
+
+        Args:
+            batch_factor: the new batch size divided by the old one, in (0, ∞).
+
+        Source: Busbridge, Ramapuram, Ablin, Likhomanenko, Dhekane, Suau, Webb: How to
+        Scale Your EMA, NeurIPS 2023, arXiv 2307.13813.
         """
         check_real("batch_factor", batch_factor, "(0, ∞)")
         return replace(self, decay=self.decay**batch_factor)
@@ -198,12 +195,16 @@ class EMA(Rule):
 
 @dataclass(frozen=True)
 class SWA(Rule):
-    """Stochastic weight averaging: the arithmetic mean of all weights seen.
+    """Stochastic weight averaging: the mean of all weights from `start` on.
 
     wₙ = 1 / (n + 1)
 
-    The mean remembers the first weights as well as the last, so it is started late
-    (`start`), when training moves around an optimum rather than toward it.
+    Example:
+        >>> SWA(start=1000, every=10).weight(n_averaged=3)
+        0.25
+
+    The first weights count as much as the last, so start late (`start`), when training moves around
+    an optimum rather than towards it.
 
     Args:
         start, every: see `Rule`.
@@ -211,10 +212,6 @@ class SWA(Rule):
     Source: Izmailov, Podoprikhin, Garipov, Vetrov, Wilson: Averaging Weights Leads to
     Wider Optima and Better Generalization, UAI 2018, arXiv 1803.05407. Compared update by
     update with torch's `AveragedModel`.
-
-    Example:
-        >>> SWA(start=1000, every=10).weight(n_averaged=3)
-        0.25
     """
 
     def weight(self, n_averaged: int) -> float:
@@ -223,19 +220,23 @@ class SWA(Rule):
 
 @dataclass(frozen=True)
 class T_ADEMA(Rule):
-    """Exponential moving average whose decay rises along a tanh.
+    """Exponential moving average whose decay rises from 0 to alpha along a tanh.
 
     wₙ = 1 − alpha · tanh(n / timescale)
 
-    n counts updates, once for the whole model. With `timescale=1` the ramp is over
-    after about four updates, and the rule is `EMA(decay=alpha)` from there on. The
-    paper speaks of a tanh with a variable coefficient; `timescale` is that
-    coefficient, and stretches the ramp.
+    Example:
+        >>> rule = T_ADEMA(alpha=0.9, timescale=10)
+        >>> [round(rule.weight(n), 3) for n in (0, 5, 10, 20, 40)]
+        [1.0, 0.584, 0.315, 0.132, 0.101]
+
+    n counts updates of the whole model. With `timescale=1` the ramp ends after about four updates,
+    and the rule is `EMA(decay=alpha)` from then on. The paper speaks of a tanh with a variable
+    coefficient: this is `timescale`, which stretches the ramp.
 
     Args:
-        alpha: the decay reached in the end, in [0, 1].
-        timescale: updates after which the decay is alpha · tanh(1) ≈ 0.76 · alpha,
-            in (0, ∞).
+        alpha: the final decay, in [0, 1].
+        timescale: number of updates after which the decay is alpha · tanh(1) ≈ 0.76 · alpha, in
+            (0, ∞).
         start, every: see `Rule`.
 
     Raises:
@@ -246,11 +247,6 @@ class T_ADEMA(Rule):
     Dynamic Decay EMA, J. Chinese Computer Systems 41(7), 2020, 1524-1529. No package has it:
     compared update by update with the formula of the code that is copied widely, alpha · tanh(n),
     which counts tensors for n where this rule counts updates.
-
-    Example:
-        >>> rule = T_ADEMA(alpha=0.9, timescale=10)
-        >>> [round(rule.weight(n), 3) for n in (0, 5, 10, 20, 40)]
-        [1.0, 0.584, 0.315, 0.132, 0.101]
     """
 
     alpha: float = 0.9
@@ -267,13 +263,17 @@ class T_ADEMA(Rule):
 
 @dataclass(frozen=True)
 class ExponentialRamp(Rule):
-    """Exponential moving average whose decay rises exponentially.
+    """Exponential moving average whose decay rises exponentially, as in YOLO.
 
     wₙ = 1 − decay · (1 − e^(−n / tau))
 
+    Example:
+        >>> [round(ExponentialRamp(0.9999, tau=2000).weight(n), 3) for n in (0, 2000, 10_000)]
+        [1.0, 0.368, 0.007]
+
     Args:
-        decay: the decay reached in the end, in [0, 1].
-        tau: updates after which the decay is (1 − 1/e) · decay ≈ 0.63 · decay, in (0, ∞).
+        decay: the final decay, in [0, 1].
+        tau: number of updates after which the decay is (1 − 1/e) · decay ≈ 0.63 · decay, in (0, ∞).
         start, every: see `Rule`.
 
     Raises:
@@ -283,10 +283,6 @@ class ExponentialRamp(Rule):
     Source: `ModelEMA` of YOLOv5 and Ultralytics. It begins at the initial weights, as this rule
     does after `update_averages()` before the first step. Compared update by update with its
     formula.
-
-    Example:
-        >>> [round(ExponentialRamp(0.9999, tau=2000).weight(n), 3) for n in (0, 2000, 10_000)]
-        [1.0, 0.368, 0.007]
     """
 
     decay: float = 0.9999
@@ -303,12 +299,15 @@ class ExponentialRamp(Rule):
 
 @dataclass(frozen=True)
 class PolynomialAverage(Rule):
-    """Mean of all weights in which later ones count more, as a power of their number.
+    """Mean of all weights in which later ones count more: the k-th about k^eta times.
 
     wₙ = (eta + 1) / (n + 1 + eta)
 
-    The k-th of n + 1 weights gets a share in proportion to k^eta, nearly. The mean age is a
-    constant part of the run: n / (eta + 2) updates.
+    Example:
+        >>> [round(PolynomialAverage(eta=3).weight(n), 3) for n in (0, 1, 10, 100)]
+        [1.0, 0.8, 0.286, 0.038]
+
+    The mean age is a constant fraction of the run: n / (eta + 2) updates.
 
     Args:
         eta: in [0, ∞). 0 is SWA.
@@ -321,10 +320,6 @@ class PolynomialAverage(Rule):
     Source: Shamir, Zhang: Stochastic Gradient Descent for Non-smooth Optimization, ICML
     2013, arXiv 1212.1824, "polynomial-decay averaging". Compared update by update with
     `PolynomialDecayAverager` of dog-optimizer, whose gamma is `eta`.
-
-    Example:
-        >>> [round(PolynomialAverage(eta=3).weight(n), 3) for n in (0, 1, 10, 100)]
-        [1.0, 0.8, 0.286, 0.038]
     """
 
     eta: float = 8.0
@@ -339,13 +334,16 @@ class PolynomialAverage(Rule):
 
 @dataclass(frozen=True)
 class PowerEMA(Rule):
-    """Average whose mean age is a constant part of the run, as a power function of time.
+    """Power-function EMA: the mean age is a constant fraction of the run.
 
     wₙ = 1 − (1 − 1 / (n + 1))^(gamma + 1)
 
-    The share of a weight at time t of a run of length T is in proportion to (t / T)^gamma.
-    Time is counted from `start`, and in updates: those after `every` steps are at t = every
-    · n, so that Δt / t = 1 / n whatever `every` is.
+    Example:
+        >>> [round(PowerEMA(gamma=6.94).weight(n), 3) for n in (0, 1, 10, 100)]
+        [1.0, 0.996, 0.531, 0.076]
+
+    The share of the weights at time t of a run of length T is proportional to (t / T)^gamma. Time
+    counts updates from `start` on.
 
     Args:
         gamma: in [0, ∞). 0 is SWA; see `from_width`.
@@ -359,10 +357,6 @@ class PowerEMA(Rule):
     Training Dynamics of Diffusion Models (EDM2), CVPR 2024, arXiv 2312.02696. Compared update
     by update with its formula, and with ema-pytorch's `KarrasEMA`, whose count is set back by
     one: left alone, it takes 1 / (n + 2) for Δt / t.
-
-    Example:
-        >>> [round(PowerEMA(gamma=6.94).weight(n), 3) for n in (0, 1, 10, 100)]
-        [1.0, 0.996, 0.531, 0.076]
     """
 
     gamma: float = 6.94
@@ -376,18 +370,18 @@ class PowerEMA(Rule):
 
     @classmethod
     def from_width(cls, sigma_rel: float, *, start: int = 0, every: int | None = 1) -> PowerEMA:
-        """Return the average whose weights' times spread by a part `sigma_rel` of the run.
+        """Return the average of this relative width.
 
         sigma_rel = √(gamma + 1) / ((gamma + 2) · √(gamma + 3))
-
-        Args:
-            sigma_rel: standard deviation of the times over the length of the run, in
-                (0, 0.2886], where 0.2886 is SWA's.
-            start, every: see `Rule`.
 
         Example:
             >>> round(PowerEMA.from_width(0.05).gamma, 2), round(PowerEMA.from_width(0.1).gamma, 2)
             (16.97, 6.94)
+
+        Args:
+            sigma_rel: standard deviation of the averaged weights' times, as a fraction of the run,
+                in (0, 0.2886]. SWA has 0.2886.
+            start, every: see `Rule`.
         """
         check_real("sigma_rel", sigma_rel, "(0, 0.2886]")
         # gamma³ + 7 gamma² + (16 − t) gamma + 12 − t = 0 with t = 1 / sigma_rel². For gamma = x −
@@ -400,12 +394,16 @@ class PowerEMA(Rule):
 
 @dataclass(frozen=True)
 class HalfLifeFraction(Rule):
-    """Exponential moving average whose half-life is a constant part of the run.
+    """Exponential moving average whose half-life is a constant fraction of the run.
 
     wₙ = 1 − 2^(−1 / (fraction · (n + 1))),    w₀ = 1
 
+    Example:
+        >>> [round(HalfLifeFraction(0.05).weight(n), 3) for n in (0, 10, 100, 1000)]
+        [1.0, 0.716, 0.128, 0.014]
+
     Args:
-        fraction: the half-life, as a part of the updates so far, in (0, 1].
+        fraction: the half-life as a fraction of the updates so far, in (0, 1].
         start, every: see `Rule`.
 
     Raises:
@@ -415,10 +413,6 @@ class HalfLifeFraction(Rule):
     Source: torchtitan's EMA, and arXiv 2602.03702. Compared update by update with torchtitan's
     formula. It begins at the initial weights, of which 2^(−1 / fraction) are left after the first
     update, 1e-6 with 0.05; this rule copies.
-
-    Example:
-        >>> [round(HalfLifeFraction(0.05).weight(n), 3) for n in (0, 10, 100, 1000)]
-        [1.0, 0.716, 0.128, 0.014]
     """
 
     fraction: float = 0.05
@@ -433,17 +427,21 @@ class HalfLifeFraction(Rule):
 
 @dataclass(frozen=True)
 class LAWA(Rule):
-    """Latest weight averaging: the arithmetic mean of the last k weights.
+    """Latest weight averaging: the mean of the last k weights.
 
-    wₙ = 1 / min(n + 1, k), the oldest of k weights having been taken out before
+    wₙ = 1 / min(n + 1, k), after the oldest of k weights is taken out
 
-    It needs k tensors for each weight, where other averages need one: the mean, and the
-    k − 1 weights before the present ones. In a state dict these are
-    `averaged_<name>_1`, `averaged_<name>_2`, …
+    Example:
+        >>> from averaging_optim import describe
+        >>> describe(LAWA(k=2, every=3), steps=9).shares
+        (0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.5)
+
+    It needs k tensors for each weight, where other averages need one: the mean and snapshots of
+    k − 1 past weights, which a state dict has as `averaged_<name>_1`, `averaged_<name>_2`, …
 
     Args:
-        k: weights to average over, at least 2.
-        start, every: see `Rule`; the published method takes the weights once an epoch.
+        k: number of weights to average, at least 2.
+        start, every: see `Rule`. The published method averages once an epoch.
 
     Raises:
         TypeError: an argument is not an integer.
@@ -452,11 +450,6 @@ class LAWA(Rule):
     Source: Kaddour: Stop Wasting My Time! Saving Days of ImageNet and BERT Training with
     Latest Weight Averaging, 2022, arXiv 2209.14981. Compared update by update with the mean
     of the last k weights in float64.
-
-    Example:
-        >>> from averaging_optim import describe
-        >>> describe(LAWA(k=2, every=3), steps=9).shares
-        (0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0, 0.5)
     """
 
     k: int = 5
@@ -475,29 +468,30 @@ class LAWA(Rule):
 
 @dataclass(frozen=True)
 class Lookahead(Rule):
-    """Some steps forward, one step back: the weights go on from a point on the way.
+    """Steps forward, one step back: after each update, training continues from the average.
 
     wₙ = alpha,    w₀ = 1,    weights ← average after each update but the first
-
-    The average begins with the weights before the first step (with `start`, after so many
-    steps); published as slow weights. The state of the wrapped optimizer stays as it is.
-
-    Args:
-        alpha: how far to go toward the weights, in [0, 1]. 1 leaves training as it is.
-        start, every: see `Rule`; `every` is published as k.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: an argument is outside its interval.
-
-    Source: Zhang, Lucas, Hinton, Ba: Lookahead Optimizer: k steps forward, 1 step back,
-    NeurIPS 2019, arXiv 1907.08610. Compared step by step with pytorch_optimizer's `Lookahead`,
-    weights and averages.
 
     Example:
         >>> rule = Lookahead(alpha=0.5, every=5)
         >>> [step for step in range(12) if rule.is_due(step)]
         [0, 5, 10]
+
+    The average begins with the weights after `start` steps, by default before the first. The state
+    of the wrapped optimizer is not changed. An optimizer that trains copies of the weights (master
+    weights) overwrites what this rule writes.
+
+    Args:
+        alpha: how far to go towards the weights, in [0, 1]. 1 doesn't change training.
+        start, every: see `Rule`. `every` is k in the paper, and the averages are the slow weights.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its interval.
+
+    Source: Zhang, Lucas, Hinton, Ba: Lookahead Optimizer: k steps forward, 1 step back,
+    NeurIPS 2019, arXiv 1907.08610. Compared step by step with pytorch_optimizer's `Lookahead`,
+    weights and averages.
     """
 
     alpha: float = 0.5
@@ -519,32 +513,32 @@ class Lookahead(Rule):
 
 @dataclass(frozen=True)
 class SwitchEMA(Rule):
-    """Exponential moving average that the weights go on from, every so many steps.
+    """Exponential moving average from which training continues, every so many steps.
 
     wₙ = 1 − decay,    w₀ = 1,    weights ← average after updates every, 2·every, …
-
-    The average begins with the weights before the first step (with `start`, after so many
-    steps), and is updated after each step.
-
-    Args:
-        decay: the share of the old average, in [0, 1].
-        every: steps from one switch to the next, at least 1; an epoch, as published. None
-            switches when you call `update_averages`, at the end of an epoch whose length you
-            don't know beforehand.
-        start: see `Rule`.
-
-    Raises:
-        TypeError: an argument is of the wrong type.
-        ValueError: an argument is outside its interval.
-
-    Source: Li, Liu, Tian et al.: Switch EMA: A Free Lunch for Better Flatness and
-    Sharpness, 2024, arXiv 2402.09240. Compared step by step with what the paper does, by the
-    EMA of torch's `AveragedModel`, weights and averages.
 
     Example:
         >>> rule = SwitchEMA(decay=0.99, every=100)
         >>> [step for step in range(250) if rule.writes_back(n_averaged=step + 1)]
         [100, 200]
+
+    The average begins with the weights after `start` steps, by default before the first, and is
+    updated after each step. An optimizer that trains copies of the weights (master weights)
+    overwrites what this rule writes.
+
+    Args:
+        decay: the share of the old average, in [0, 1].
+        every: steps from one switch to the next, at least 1. The paper takes an epoch. With None it
+            switches when you call `update_averages`, for epochs of unknown length.
+        start: see `Rule`.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is outside its interval.
+
+    Source: Li, Liu, Tian et al.: Switch EMA: A Free Lunch for Better Flatness and
+    Sharpness, 2024, arXiv 2402.09240. Compared step by step with what the paper does, by the
+    EMA of torch's `AveragedModel`, weights and averages.
     """
 
     decay: float = 0.999
@@ -571,22 +565,9 @@ class SwitchEMA(Rule):
 
 @dataclass(frozen=True)
 class PowerRamp(Rule):
-    """Share that falls as a power of the number of updates: a `warmup` of EMA.
+    """Share that falls as a power of the number of updates, for `EMA(warmup=...)`.
 
     wₙ = (1 + n / gamma)^(−power)
-
-    Args:
-        gamma: updates until the share begins to fall, in (0, ∞).
-        power: in (0, 1]. 2/3 reaches a decay of 0.9999 after a million updates, 3/4 after
-            0.2 million; 1 is SWA, with gamma 1.
-        start, every: see `Rule`; of no effect as a `warmup`.
-
-    Raises:
-        TypeError: an argument is not a number.
-        ValueError: an argument is outside its interval.
-
-    Source: Crowson's EMA with warm-up in k-diffusion. Compared update by update with timm's
-    `ModelEmaV3`, diffusers' `EMAModel(use_ema_warmup=True)` and ema-pytorch's `EMA`.
 
     Example:
         >>> [round(PowerRamp(power=2 / 3).weight(n), 3) for n in (0, 1, 2, 3)]
@@ -595,6 +576,19 @@ class PowerRamp(Rule):
         [0.7978, 0.99, 0.9999]
         >>> round(1 - PowerRamp(power=3 / 4).weight(215_443), 4)
         0.9999
+
+    Args:
+        gamma: number of updates before the share begins to fall, in (0, ∞).
+        power: in (0, 1]. 2/3 reaches a decay of 0.9999 after a million updates, 3/4 after 0.2
+            million. 1, with gamma 1, is SWA.
+        start, every: see `Rule`. They have no effect in a `warmup`.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: an argument is outside its interval.
+
+    Source: Crowson's EMA with warm-up in k-diffusion. Compared update by update with timm's
+    `ModelEmaV3`, diffusers' `EMAModel(use_ema_warmup=True)` and ema-pytorch's `EMA`.
     """
 
     gamma: float = 1.0
@@ -611,21 +605,21 @@ class PowerRamp(Rule):
 
 @dataclass(frozen=True)
 class TFRamp(Rule):
-    """TensorFlow's share of early updates: a `warmup` of EMA.
+    """TensorFlow's share of early updates, for `EMA(warmup=...)`.
 
     wₙ = 9 / (10 + n),    w₀ = 1
 
+    Example:
+        >>> [round(TFRamp().weight(n), 3) for n in (0, 1, 10, 100)]
+        [1.0, 0.818, 0.45, 0.082]
+
     Args:
-        start, every: see `Rule`; of no effect as a `warmup`.
+        start, every: see `Rule`. They have no effect in a `warmup`.
 
     Source: `tf.train.ExponentialMovingAverage(decay, num_updates)`, which starts at the initial
     weights and takes the smaller of decay and (1 + num_updates) / (10 + num_updates), whatever
     count it is given. Compared update by update with diffusers' `EMAModel`, which ramps so by
     default, and with torch_ema begun at the same weights.
-
-    Example:
-        >>> [round(TFRamp().weight(n), 3) for n in (0, 1, 10, 100)]
-        [1.0, 0.818, 0.45, 0.082]
     """
 
     def weight(self, n_averaged: int) -> float:
@@ -634,18 +628,19 @@ class TFRamp(Rule):
 
 @dataclass(frozen=True)
 class Formula(Rule):
-    """Any function of the number of updates so far, as a rule.
-
-    Args:
-        function: n ≥ 1 → share in [0, 1]; the first update copies the weights.
-        start, every: see `Rule`.
-
-    Raises:
-        TypeError: `function` cannot be called.
+    """A function of the number of updates so far, as a rule.
 
     Example:
         >>> Formula(lambda n: n**-0.5, every=10).weight(n_averaged=4)
         0.5
+
+    Args:
+        function: returns the share in [0, 1] after n ≥ 1 updates. The first update copies the
+            weights.
+        start, every: see `Rule`.
+
+    Raises:
+        TypeError: `function` is not callable.
     """
 
     function: Callable[[int], float]
