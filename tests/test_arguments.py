@@ -16,9 +16,14 @@ from averaging_optim import EMA, AveragingOptimizer
 @pytest.mark.parametrize(
     ("rule", "options", "error", "message"),
     [
-        ("ema", {}, TypeError, r"`rule` must be a Rule, a function .*, or a mapping .*, got 'ema'"),
-        (EMA, {}, TypeError, r"`rule` must be a Rule, a function .*, got <class "),
-        ({}, {}, ValueError, r"`rule` must name at least one Rule, got \{\}\."),
+        (
+            "ema",
+            {},
+            TypeError,
+            r"`rule` must be a Rule .* a function .*, or a mapping .*, got 'ema'",
+        ),
+        (EMA, {}, TypeError, r"`rule` must be a Rule .* a function .*, got <class "),
+        ({}, {}, ValueError, r"`rule` must contain at least one rule, got \{\}\."),
         ({1: EMA()}, {}, TypeError, r"`rule` must map strings to Rules, got 1: EMA"),
         ({"ema": EMA}, {}, TypeError, r"`rule` must map strings to Rules, got 'ema': <class "),
         ({"ema": 0.9}, {}, TypeError, r"`rule` must map strings to Rules, got 'ema': 0\.9\."),
@@ -34,7 +39,7 @@ from averaging_optim import EMA, AveragingOptimizer
             TypeError,
             r"`buffers` must be a model or an iterable of tensors, got tensor",
         ),
-        (EMA(), {"buffers": ["x"]}, TypeError, r"`buffers` must hold tensors, got 'x'\."),
+        (EMA(), {"buffers": ["x"]}, TypeError, r"`buffers` must contain tensors, got 'x'\."),
         (EMA(), {"dtype": "float32"}, TypeError, r"`dtype` must be a torch\.dtype, got 'float32'"),
         (
             EMA(),
@@ -68,7 +73,7 @@ def test_the_constructor_refuses(
 
 def test_buffers_that_are_trained_are_refused() -> None:
     model = small_model()
-    with pytest.raises(ValueError, match="`buffers` must hold no parameter that is trained"):
+    with pytest.raises(ValueError, match="`buffers` must contain no trained parameter"):
         averaging_sgd(model, EMA(), buffers=model.parameters())
 
 
@@ -80,7 +85,9 @@ def test_what_is_no_optimizer_is_refused() -> None:
 
 def test_wrapping_twice_is_refused() -> None:
     optimizer = averaging_sgd(small_model(), EMA())
-    with pytest.raises(TypeError, match=r"must not be an AveragingOptimizer\. Pass it all rules"):
+    with pytest.raises(
+        TypeError, match=r"must not be an AveragingOptimizer\. Pass all rules to one"
+    ):
         AveragingOptimizer(optimizer, EMA())
 
 

@@ -230,7 +230,8 @@ def assert_loaded(
         if not is_there and first.get(f"n_averaged_{name}") != 0
     ]
     missing += buffers_not_in(saved, found, optimizer, model)
-    warning = f"The state dict has no average for {', '.join(missing)}: averaging starts afresh."
+    warning = f"The state dict has no average for {', '.join(missing)}: averaging starts at "
+    warning += "the present weights."
     assert warned == ([warning] if missing else [])
     assert_counters_loaded(saved, found, bool(missing), optimizer)
 
@@ -453,23 +454,24 @@ def set_params(*params: Any) -> Callable[[dict[str, Any]], None]:
     return lambda saved: saved["param_groups"][0].update(params=list(params))
 
 
-PARAMS = r"`param_groups\[0\]\['params'\]` must hold "
+PARAMS = r"`param_groups\[0\]\['params'\]` must contain "
 COUNT = r"`param_groups\[0\]\['n_averaged_ema'\]` must be "
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "index_twice": (set_params(0, 1, 2, 1), PARAMS + r"each index once, got 1 again\."),
+    "index_twice": (set_params(0, 1, 2, 1), PARAMS + r"each index once, got 1 twice\."),
     "index_twice_by_value": (
         set_params(0, 1, 2, True),
-        PARAMS + r"each index once, got True again\.",
+        PARAMS + r"each index once, got True twice\.",
     ),
     "index_unhashable": (set_params(0, [1], 2, 3), PARAMS + r"hashable indices, got \[1\]\."),
     "index_unhashable_inside": (set_params(0, 1, 2, (3, {})), PARAMS + "hashable indices, got "),
     "index_of_text": (
         set_params("0", "1", "2", "3"),
-        r"`state\[0\]` must belong to a parameter of `param_groups`\.",
+        r"`state` must contain parameters of `param_groups` only, got the index 0\.",
     ),
     "state_of_text": (
         lambda saved: saved["state"].update({"0": saved["state"].pop(0)}),
-        r"`state\['0'\]\['averaged_ema'\]` must be of a parameter that is averaged here\.",
+        r"`state\['0'\]\['averaged_ema'\]` belongs to a parameter that this optimizer "
+        r"doesn't average\.",
     ),
     "count_too_large": (set_count(2**63), COUNT + r"less than 2\*\*63, got 9223372036854775808\."),
     "count_huge": (set_count(10**400), COUNT + r"less than 2\*\*63, got 10{199}…\."),
@@ -584,7 +586,7 @@ def test_entries_that_belong_to_no_parameter_are_not_written_into() -> None:
 
 EXPORTS: dict[str, tuple[Any, str]] = {
     "no_dict": ([], r"^`state_dict` must be a dict, got \[\]\."),
-    "no_name": ({5: torch.ones(1)}, r"^`state_dict\[5\]` must be an entry of the model's\."),
+    "no_name": ({5: torch.ones(1)}, r"^`state_dict` must contain keys of the model only, got 5\."),
     "sparse": (
         {"weight": torch.ones(2, 2).to_sparse(), "bias": torch.ones(2)},
         r"^`state_dict\['weight'\]` must be a tensor that torch can copy from, got torch\.sparse",

@@ -487,7 +487,7 @@ ENTRY = r"`averaged_buffers\['ema'\]\['{}'\]` "
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "unknown": (
         lambda saved: saved.update({"2.running": torch.ones(1)}),
-        ENTRY.format(r"2\.running") + r"must be a buffer of the model\.",
+        r"`averaged_buffers\['ema'\]` must contain buffers of the model only, got '2\.running'\.",
     ),
     "missing": (
         lambda saved: saved.pop("2.running_mean"),
@@ -796,7 +796,7 @@ def test_calls_that_are_given_the_model_tell_that_it_has_not_the_buffers_any_mor
     optimizer = averaging(model, EMA(0.5), buffers=model.buffers())
     train(model, optimizer, 1)
     model.to(torch.float64)
-    with pytest.warns(UserWarning, match=r"Give `buffers=model`, which follows them\.") as caught:
+    with pytest.warns(UserWarning, match=r"Pass `buffers=model`, which follows them\.") as caught:
         call(model, optimizer)
     assert [each.filename for each in caught] == [__file__]
 
@@ -840,7 +840,9 @@ def test_a_buffer_whose_numbers_have_no_memory_of_their_own_is_refused_by_name(
 ) -> None:
     model = small_model()
     model[0].register_buffer("mask", make())
-    message = r"`buffers` must hold tensors .* got '0\.mask' that is .*, of shape \(3,\)\. Clone it"
+    message = (
+        r"`buffers` must contain tensors .* got '0\.mask' that is .*, of shape \(3,\)\. Clone it"
+    )
     with pytest.raises(ValueError, match=message):
         averaging(model, EMA())
 
@@ -848,7 +850,7 @@ def test_a_buffer_whose_numbers_have_no_memory_of_their_own_is_refused_by_name(
 def test_a_trained_parameter_that_is_a_buffer_too_is_refused_by_name() -> None:
     model = small_model()
     model[2].register_buffer("same", first_layer(model).weight)
-    message = r"`buffers` must hold no parameter that is trained, got '2\.same'\."
+    message = r"`buffers` must contain no trained parameter, got '2\.same'\."
     with pytest.raises(ValueError, match=message):
         averaging(model, EMA())
 
@@ -860,9 +862,9 @@ def test_a_trained_parameter_that_is_a_buffer_too_is_refused_by_name() -> None:
         (3, "`buffers` must be a model or an iterable of tensors, got 3."),
         (nn.Linear, "`buffers` must be a model or an iterable of tensors, got <class"),
         (torch.ones(2), "`buffers` must be a model or an iterable of tensors, got tensor"),
-        (["mean"], "`buffers` must hold tensors, got 'mean'."),
-        ({"mean": torch.ones(1)}, "`buffers` must hold tensors, got 'mean'."),
-        ([nn.Linear(1, 1)], "`buffers` must hold tensors, got Linear"),
+        (["mean"], "`buffers` must contain tensors, got 'mean'."),
+        ({"mean": torch.ones(1)}, "`buffers` must contain tensors, got 'mean'."),
+        ([nn.Linear(1, 1)], "`buffers` must contain tensors, got Linear"),
     ],
     ids=["none", "number", "class", "tensor", "names", "dict", "models"],
 )

@@ -219,7 +219,7 @@ def test_a_checkpoint_without_averages_loads_with_one_warning(wrapped: bool) -> 
     train(model, AveragingOptimizer(bare, TWO_RULES) if wrapped else bare, 5)
 
     optimizer = averaging_sgd(model, TWO_RULES)
-    message = r"^The state dict has no average for 'ema', 'swa': averaging starts afresh\.$"
+    message = r"^The state dict has no average for 'ema', 'swa': averaging starts at the present "
     with pytest.warns(UserWarning, match=message) as caught:
         optimizer.load_state_dict(bare.state_dict())
     assert len(caught) == 1
@@ -246,7 +246,9 @@ def test_a_rule_that_the_checkpoint_does_not_know_starts_afresh() -> None:
     saved_from = averaging_sgd(model, EMA(0.9))
     train(model, saved_from, 3)
     optimizer = averaging_sgd(model, TWO_RULES)
-    with pytest.warns(UserWarning, match=r"no average for 'swa': averaging starts afresh\."):
+    with pytest.warns(
+        UserWarning, match=r"no average for 'swa': averaging starts at the present weights\."
+    ):
         optimizer.load_state_dict(saved_from.state_dict())
     assert same(averages(optimizer, "ema"), averages(saved_from, "ema"))
     group = optimizer.param_groups[0]
@@ -355,16 +357,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "state_missing": (drop("state"), r"`state` must be a dict, got None\."),
     "state_list": (put("state", []), r"`state` must be a dict, got \[\]\."),
     "entry_text": (put("state", 0, "x"), r"`state\[0\]` must be a dict, got 'x'\."),
-    "groups_missing": (drop("param_groups"), r"`param_groups` must be a list of 2 groups\."),
-    "group_lost": (drop("param_groups", 1), r"`param_groups` must be a list of 2 groups\."),
+    "groups_missing": (
+        drop("param_groups"),
+        r"`param_groups` must be a list of 2 groups, .*, got ",
+    ),
+    "group_lost": (drop("param_groups", 1), r"`param_groups` must be a list of 2 groups, .*, got "),
     "group_text": (put("param_groups", 1, "x"), r"`param_groups\[1\]` must be a dict, got 'x'\."),
     "params_missing": (
         drop("param_groups", 0, "params"),
-        r"`param_groups\[0\]\['params'\]` must be a list of 4 parameters\.",
+        r"`param_groups\[0\]\['params'\]` must be a list of 4 parameters, .*, got ",
     ),
     "params_lost": (
         drop("param_groups", 0, "params", 2),
-        r"`param_groups\[0\]\['params'\]` must be a list of 4 parameters\.",
+        r"`param_groups\[0\]\['params'\]` must be a list of 4 parameters, .*, got ",
     ),
     "average_flag": (
         put("param_groups", 1, "average", "no"),
@@ -379,7 +384,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "average_of_no_weight": (
         put("state", 9, {"averaged_ema": torch.ones(4)}),
-        r"`state\[9\]\['averaged_ema'\]` must be of a parameter that is averaged here\.",
+        r"`state\[9\]\['averaged_ema'\]` belongs to a parameter that this optimizer "
+        r"doesn't average\.",
     ),
     "counter_of_no_rule": (
         put("param_groups", 0, "n_averaged_x", 3),
@@ -432,7 +438,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "counts_differ": (
         put("param_groups", 1, "n_averaged_ema", 7),
-        r"`param_groups\[1\]\['n_averaged_ema'\]` must be as in the first group, 3, got 7\.",
+        r"`param_groups\[1\]\['n_averaged_ema'\]` must be 3, as in the first group, got 7\.",
     ),
     "buffers_list": (
         put("averaged_buffers", []),
@@ -444,11 +450,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "buffer_lost": (
         drop("averaged_buffers", "ema", 0),
-        r"`averaged_buffers\['ema'\]` must be a list of 1 tensors\.",
+        r"`averaged_buffers\['ema'\]` must be a list of 1 tensors, got ",
     ),
     "buffers_tensor": (
         put("averaged_buffers", "ema", torch.ones(1)),
-        r"`averaged_buffers\['ema'\]` must be a list of 1 tensors\.",
+        r"`averaged_buffers\['ema'\]` must be a list of 1 tensors, got ",
     ),
     "buffer_shape": (
         put("averaged_buffers", "ema", 0, torch.ones(5)),

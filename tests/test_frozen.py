@@ -403,5 +403,5 @@ def test_what_names_no_parameters_is_refused(exclude: Any) -> None:
 
 
 def test_names_are_no_parameters() -> None:
-    with pytest.raises(TypeError, match=r"`exclude` must hold tensors, got 'bias'\."):
+    with pytest.raises(TypeError, match=r"`exclude` must contain tensors, got 'bias'\."):
         two_weights(exclude=["bias"])

@@ -40,7 +40,7 @@ from averaging_optim import (
 Group = dict[str, Any]
 
 # Some lives train under a rule that averages on demand alone, and never demand it.
-pytestmark = pytest.mark.filterwarnings("ignore:The average .* lacks weights:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:The average .* misses training steps:UserWarning")
 
 
 class Model(nn.Module):

@@ -257,7 +257,7 @@ def test_decay_shares_are_positive_and_sum_to_1(kind: str, n: int) -> None:
 
 A = {"w": torch.ones(2)}
 REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
-    "none": (([],), {}, ValueError, r"`checkpoints` must hold at least one, got none\."),
+    "none": (([],), {}, ValueError, r"`checkpoints` must contain at least one, got none\."),
     "text": (("a.pt",), {}, TypeError, r"`checkpoints` must be a sequence of .*, got 'a\.pt'\."),
     "number": (
         ([A, 3],),
@@ -270,14 +270,14 @@ REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         ([A, A | {"v": torch.ones(1)}],),
         {},
         ValueError,
-        r"`checkpoints\[1\]` must have the tensors that `checkpoints\[0\]` has, got 'v' in "
-        r"`checkpoints\[1\]` alone",
+        r"`checkpoints\[1\]` must have the same tensors as `checkpoints\[0\]`, got 1 that are in "
+        r"`checkpoints\[1\]` only, such as 'v'\.",
     ),
     "fewer": (
         ([A | {"v": torch.ones(1)}, A],),
         {},
         ValueError,
-        r"got 'v' in `checkpoints\[0\]` alone",
+        r"that are in `checkpoints\[0\]` only, such as 'v'",
     ),
     "shape": (
         ([A, {"w": torch.ones(3)}],),
@@ -286,23 +286,28 @@ REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
         r"`checkpoints\[1\]` must have a floating-point 'w' of shape \(2,\), .*\(3,\)\.",
     ),
     "kind": (([A, {"w": torch.ones(2).long()}],), {}, ValueError, r"got a integer one of shape"),
-    "shares_number": (([A, A], [1.0]), {}, ValueError, r"one for each of 2 checkpoints, got 1\."),
-    "shares_sum": (([A, A], [0.5, 0.6]), {}, ValueError, r"`shares` must be 1 in sum, got 1\.1"),
+    "shares_number": (
+        ([A, A], [1.0]),
+        {},
+        ValueError,
+        r"must contain 2, one for each checkpoint, got 1\.",
+    ),
+    "shares_sum": (([A, A], [0.5, 0.6]), {}, ValueError, r"`shares` must sum to 1, got 1\.1"),
     "shares_nan": (([A], [float("nan")]), {}, ValueError, r"`shares\[0\]` must be in .*, got nan"),
     "shares_text": (([A], "1"), {}, TypeError, r"`shares` must be a sequence of numbers, got '1'"),
     "no_weights": (
         ([{"step": 3}],),
         {},
         ValueError,
-        r"weights of one model, got 'step'\. Say which",
+        r"weights of one model, got 'step'\. Pass",
     ),
     "two_models": (
         ([{"model": A, "net": A}],),
         {},
         ValueError,
-        r"`checkpoints\[0\]` must hold the weights of one model, got 'model', 'net'\.",
+        r"`checkpoints\[0\]` must contain the weights of one model, got 'model', 'net'\.",
     ),
-    "no_key": (([A],), {"key": "model"}, ValueError, r"`key` must say where .*'w', got 'model'\."),
+    "no_key": (([A],), {"key": "model"}, ValueError, r"`key` must be where .*'w', got 'model'\."),
 }
 
 
@@ -330,7 +335,7 @@ def test_a_bar_is_shown_on_a_terminal_if_tqdm_is_there(
 def test_a_file_or_folder_without_weights_is_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match=r"must hold a state dict, got \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"must contain a state dict, got \[1, 2\]"):
         merge([tmp_path / "list.pt"])
     with pytest.raises(ValueError, match=r"`checkpoints\[0\]` must be a folder of"):
         merge([tmp_path / "folder"])
@@ -424,9 +429,9 @@ def test_the_command_writes_what_merge_returns_and_never_over_a_file(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--shares", "0.5,0.4,0.2"], "error: `shares` must be 1 in sum"),
+        (["--shares", "0.5,0.4,0.2"], "error: `shares` must sum to 1"),
         (["--shares", "half"], "error: `kind` must be one of"),
-        (["--key", "net"], "error: `key` must say where the weights are"),
+        (["--key", "net"], "error: `key` must be where the weights are"),
     ],
     ids=["sum", "kind", "key"],
 )

@@ -525,13 +525,15 @@ def test_sharded_models_that_cannot_be_the_average_are_refused_on_all_ranks_alik
     first, *others = in_processes(3, refused_instances)
     assert others == [first] * 2
     copied, uneven, plain = first
-    assert copied.startswith("`model` must be one that copy.deepcopy copies. Pass another instance")
+    assert copied.startswith(
+        "`model` must be one that copy.deepcopy can copy. Pass another instance"
+    )
     assert "FSDP does not support deepcopy" in copied
     assert uneven == (
-        "`into` must have parameters that FSDP shards evenly, got '0.weight' of shape (4, 3), of "
-        "which it computes with a padded copy. Use `swap_to_averaged`."
+        "`into` must have parameters that FSDP shards evenly, got '0.weight' of shape (4, 3), "
+        "which it pads. Use `swap_to_averaged`."
     )
-    assert plain.startswith("`into` must have a '0.weight' that is spread over devices as the ")
+    assert plain.startswith("`into` must have '0.weight' sharded like the ")
 
 
 @pytest.mark.usefixtures("process_group")
@@ -612,9 +614,7 @@ class TestOneRank:
         with torch.no_grad(), optimizer.swap_to_averaged("ema"):
             inside = loss_of_batch(model, 9)
         assert same([loss_of_batch(teacher, 9)], [inside])
-        with pytest.raises(
-            ValueError, match=r"^`into` must have a '0\.weight' that is spread over"
-        ):
+        with pytest.raises(ValueError, match=r"^`into` must have '0\.weight' sharded like"):
             optimizer.averaged_model(model, "ema", into=small_model())
 
     def test_a_copy_of_a_model_of_distributed_tensors_is_of_their_averages(self) -> None:
@@ -656,7 +656,7 @@ class TestOneRank:
         if value is DTensor:
             value = saved["state"][0]["averaged_ema"].redistribute(placements=[Replicate()])
         saved["state"][0]["averaged_ema"] = value
-        message = r"`state\[0\]\['averaged_ema'\]` must be spread over devices as its weight is"
+        message = r"`state\[0\]\['averaged_ema'\]` must be sharded like its parameter"
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(saved)
 

@@ -138,7 +138,7 @@ def test_what_a_plain_optimizer_has_trained_on_is_wrapped_again_without_the_form
     saved = plain.state_dict()
     wrapped = AveragingOptimizer(optim.Adam(others), RULES)
     message = (
-        r"`state\[2\]\['averaged_ema'\]` must be a tensor, got None\. To begin that average anew, "
+        r"`state\[2\]\['averaged_ema'\]` must be a tensor, got None\. To start the average over, "
         r"drop it with `averaging_optim\.renamed\(state_dict, \{'ema': None\}\)`\."
     )
     with pytest.raises(ValueError, match=message):

@@ -304,17 +304,20 @@ def from_before_the_first_average(saved: Saved) -> Saved:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (of_another_model, "`checkpoints[1]` must fit `optimizer`: `state[0]['averaged_narrow']` "),
+        (
+            of_another_model,
+            "`checkpoints[1]` must match `optimizer`. `state[0]['averaged_narrow']` ",
+        ),
         (
             out_of_order,
             "`checkpoints[1]` must be later than the one before it, got 256 ",
         ),
         (with_one_twice, "`checkpoints[1]` must be later than the one before it, got 256 "),
-        (without_the_second_average, "`checkpoints[0]` must hold an average 'wide', has none yet."),
-        (of_a_plain_optimizer, "`checkpoints[0]` must hold an average 'narrow', has none yet."),
-        (from_before_the_first_average, "`checkpoints[0]` must hold an average 'narrow', has none"),
-        (lambda saved: [], "`checkpoints` must hold at least one, got none."),
-        (lambda saved: [7], "`checkpoints[0]` must fit `optimizer`: `state_dict` must be a dict"),
+        (without_the_second_average, "`checkpoints[0]` must have updates of 'wide', got 0."),
+        (of_a_plain_optimizer, "`checkpoints[0]` must have updates of 'narrow', got 0."),
+        (from_before_the_first_average, "`checkpoints[0]` must have updates of 'narrow', got 0"),
+        (lambda saved: [], "`checkpoints` must contain at least one, got none."),
+        (lambda saved: [7], "`checkpoints[0]` must match `optimizer`. `state_dict` must be a dict"),
     ],
 )
 def test_checkpoints_that_do_not_fit_are_refused_by_name(
@@ -330,8 +333,8 @@ def test_checkpoints_that_do_not_fit_are_refused_by_name(
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"narrow": PowerEMA(17), "ema": EMA()}, "`optimizer` must keep two or more averages by "),
-        ({"a": PowerEMA(17), "b": PowerEMA(17)}, "`optimizer` must keep two or more averages by "),
+        ({"narrow": PowerEMA(17), "ema": EMA()}, "`optimizer` must keep two or more `PowerEMA`"),
+        ({"a": PowerEMA(17), "b": PowerEMA(17)}, "`optimizer` must keep two or more `PowerEMA`"),
         ({"a": PowerEMA(17), "b": PowerEMA(7, every=2)}, "`optimizer` must have the same `start` "),
         ({"a": PowerEMA(17), "b": PowerEMA(7, start=2)}, "`optimizer` must have the same `start` "),
     ],
@@ -394,10 +397,10 @@ def test_a_window_is_the_mean_of_the_weights_between_two_checkpoints() -> None:
 @pytest.mark.parametrize(
     ("number", "name", "message"),
     [
-        (2, "ema", r"`name` must be an average by SWA, got EMA"),
+        (2, "ema", r"`name` must be an average whose rule is SWA, got EMA"),
         (2, None, r"`name` must be one of 'mean', 'ema', got None"),
-        (1, "mean", r"`checkpoints` must be two, got 1\."),
-        (3, "mean", r"`checkpoints` must be two, got 3\."),
+        (1, "mean", r"`checkpoints` must contain two, got 1\."),
+        (3, "mean", r"`checkpoints` must contain two, got 3\."),
     ],
 )
 def test_a_window_of_anything_else_is_refused(number: int, name: str | None, message: str) -> None:

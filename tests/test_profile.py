@@ -85,10 +85,15 @@ def test_window_and_half_life_are_their_closed_forms() -> None:
     ("rule", "steps", "error", "message"),
     [
         (0.9, 10, TypeError, r"`rule` must be a Rule, got 0\.9\."),
-        (EMA(every=None), 10, ValueError, r"`rule` must average every so many steps, got EMA\("),
+        (
+            EMA(every=None),
+            10,
+            ValueError,
+            r"`rule` must have an `every` that is not None, got EMA\(",
+        ),
         (EMA(start=5, every=3), 7, ValueError, r"`steps` must be at least 8, got 7\."),
-        (Lookahead(), 10, ValueError, r"`rule` must not write its average into the weights, got "),
-        (SwitchEMA(every=9), 9, ValueError, r"`rule` must not write its average into the weights"),
+        (Lookahead(), 10, ValueError, r"`rule` must not write into the weights, got "),
+        (SwitchEMA(every=9), 9, ValueError, r"`rule` must not write into the weights"),
         (EMA(), 1.5, TypeError, r"`steps` must be an integer, got 1\.5\."),
     ],
 )

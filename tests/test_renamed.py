@@ -226,13 +226,13 @@ def ready() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        ({"x": "y"}, ValueError, r"`names` must name averages of the checkpoint, \['ema', 'swa'\]"),
-        ({"averaged_ema": "y"}, ValueError, r"`names` must name averages .*, got 'averaged_ema'\."),
-        ({"ema_1": "y"}, ValueError, r"`names` must name averages .*, got 'ema_1'\."),
-        ({"ema": "swa"}, ValueError, r"`names` must give each average a name of its own, got \{"),
-        ({"ema": "x", "swa": "x"}, ValueError, r"`names` must give each average a name of its own"),
+        ({"x": "y"}, ValueError, r"`names` must map averages of the checkpoint, \['ema', 'swa'\]"),
+        ({"averaged_ema": "y"}, ValueError, r"`names` must map averages .*, got 'averaged_ema'\."),
+        ({"ema_1": "y"}, ValueError, r"`names` must map averages .*, got 'ema_1'\."),
+        ({"ema": "swa"}, ValueError, r"`names` must give each average a different name, got \{"),
+        ({"ema": "x", "swa": "x"}, ValueError, r"`names` must give each average a different name"),
         ({"ema": 3}, TypeError, r"`names\['ema'\]` must be a string or None, got 3\."),
-        ({3: "ema"}, ValueError, r"`names` must name averages .*, got 3\."),
+        ({3: "ema"}, ValueError, r"`names` must map averages .*, got 3\."),
         (["ema"], ValueError, r"`names` must be a dict, got \['ema'\]\."),
         (None, ValueError, r"`names` must be a dict, got None\."),
     ],
@@ -281,7 +281,7 @@ def test_an_average_of_no_rule_is_refused_with_the_rules_there_are_and_what_to_d
     saved = copy.deepcopy(optimizer.state_dict())
     message = (
         rf"belongs to no rule of this optimizer \('slow', 'swa'\)\. Name a rule '{name}', or "
-        r"rename or drop that average with `averaging_optim\.renamed\(state_dict, \.\.\.\)`\."
+        r"rename or drop it with `averaging_optim\.renamed\(state_dict, \.\.\.\)`\."
     )
     _, other = begin(rules)
     with pytest.raises(ValueError, match=message):

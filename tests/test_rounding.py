@@ -215,8 +215,8 @@ def test_training_takes_its_random_numbers_as_without() -> None:
     ("options", "message"),
     [
         ({"rounding": "up"}, r"`rounding` must be 'nearest' or 'stochastic', got 'up'\."),
-        ({"rounding": "stochastic"}, r"averages of 16 bits, got 'stochastic' with `dtype` None"),
-        ({"rounding": "stochastic", "dtype": torch.float32}, r"`dtype` torch\.float32\. Give"),
+        ({"rounding": "stochastic"}, r"averages have 16 bits, got 'stochastic' with `dtype` None"),
+        ({"rounding": "stochastic", "dtype": torch.float32}, r"`dtype` torch\.float32\. Pass"),
     ],
 )
 def test_rounding_at_random_is_for_averages_of_16_bits(

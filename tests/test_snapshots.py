@@ -174,7 +174,9 @@ def test_lost_snapshots_of_buffers_are_refused_by_name(key: str) -> None:
 
 def test_an_average_named_as_a_snapshot_is_refused() -> None:
     rules: dict[str, Rule] = {"last_1": EMA(), "last": LAWA(2), "last_2": EMA()}
-    with pytest.raises(ValueError, match=r"`rule` must name no average 'last_1', a snapshot of"):
+    with pytest.raises(
+        ValueError, match=r"`rule` must not name an average 'last_1', which is a snapshot of"
+    ):
         averaging_sgd(small_model(), rules)
 
 

@@ -21,7 +21,7 @@ from transformers.optimization import Adafactor, AdafactorSchedule
 
 from averaging_optim import EMA, SWA, AveragingOptimizer
 
-LACKS = "The average 'ema' lacks weights that were trained"
+LACKS = "The average 'ema' misses training steps"
 
 
 def counts(optimizer: Any) -> tuple[int, int]:

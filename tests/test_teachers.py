@@ -81,7 +81,7 @@ def restart(model: nn.Sequential, optimizer: AveragingOptimizer) -> None:
 def widen(model: nn.Sequential, optimizer: AveragingOptimizer) -> None:
     weight = first_layer(model).weight
     weight.data = torch.ones(5, 3)
-    with pytest.warns(UserWarning, match=r"that now have the shapes \(5, 3\)"):
+    with pytest.warns(UserWarning, match=r"changed their shapes to \(5, 3\)"):
         optimizer.update_averages()
 
 
@@ -560,7 +560,7 @@ def test_a_model_that_would_not_be_made_of_averages_is_refused_and_may_be_given(
     model = build()
     optimizer = averaging_sgd(model, EMA(0.9))
     with pytest.raises(
-        ValueError, match=rf"^`model` must be .* by its memo, got {message}.*`into`"
+        ValueError, match=rf"^`model` must be .* with its memo, got {message}.*`into`"
     ):
         optimizer.averaged_model(model)
     assert_follows(optimizer.averaged_model(model, into=build()), model, optimizer)
@@ -612,7 +612,7 @@ def test_a_model_that_cannot_be_copied_is_refused_and_another_instance_may_be_gi
     optimizer = averaging_sgd(model, EMA(0.9))
     loss_of_batch(model, 0)
     loss_of_batch(second, 0).backward()
-    with pytest.raises(ValueError, match=rf"^`model` must be .* copies\..* `into`\. \({reason}"):
+    with pytest.raises(ValueError, match=rf"^`model` must be .* can copy\..* `into`\. \({reason}"):
         optimizer.averaged_model(model)
     with torch.no_grad():
         for weight in second.parameters():
@@ -660,13 +660,13 @@ def with_tied_biases(model: nn.Sequential) -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (itself, r"share nothing with the model, got its '0\.weight'"),
-        (one_of_its_layers_in_another, r"share nothing with the model, got its '1\.weight'"),
-        (with_memory_of_its, r"share nothing with the model, got its '2\.bias'"),
+        (itself, r"share no tensor with the model, got its '0\.weight'"),
+        (one_of_its_layers_in_another, r"share no tensor with the model, got its '1\.weight'"),
+        (with_memory_of_its, r"share no tensor with the model, got its '2\.bias'"),
         (wider, r"be another instance .* a '0\.weight' of shape \(4, 3\), got \(8, 3\)"),
         (without_buffers, r"be another instance .* a '1\.running_mean' of shape \(4,\), got None"),
         (with_one_layer_more, r"be another instance .* a '3\.weight' of shape None, got \(2, 2\)"),
-        (with_tied_biases, r"have a '1\.bias' of its own, as the model has, got one that is tied"),
+        (with_tied_biases, r"have an untied '1\.bias', as the model has, got one that is tied"),
     ],
 )
 def test_what_is_no_other_instance_is_refused_and_stays_as_it_was(
@@ -731,7 +731,7 @@ def test_a_model_that_is_cast_or_moved_parts_with_one_warning(
     move(parting)
     before = [each for each in parting.state_dict().values() if not each.is_meta]
     kept = frozen(before)
-    with pytest.warns(UserWarning, match="was cast or moved, and does not follow") as warned:
+    with pytest.warns(UserWarning, match="was cast or moved, and no longer follows") as warned:
         train(model, optimizer, 1, first=2)
     assert len(warned) == 1
     assert warned[0].filename.endswith("training.py")

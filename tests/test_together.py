@@ -472,7 +472,9 @@ def test_a_name_that_one_of_them_lacks_is_refused_and_nothing_changes(
     before = frozen([model.state_dict(), *(each.state_dict() for each in averaged.optimizers)])
     with pytest.raises(ValueError, match=r"`name` must be one of 'ema', got 'swa'\."):
         call(averaged, model)
-    with pytest.raises(ValueError, match=r"needs averages of the same names .*'swa'\] and \['ema"):
+    with pytest.raises(
+        ValueError, match=r"must have averages of the same names, .*'swa'\] and \['ema"
+    ):
         averaged.evaluate_averages(int)
     after = frozen([model.state_dict(), *(each.state_dict() for each in averaged.optimizers)])
     assert after == before
@@ -517,7 +519,7 @@ def test_a_parameter_that_two_train_is_refused(
 
 
 def test_no_optimizer_is_refused() -> None:
-    with pytest.raises(ValueError, match="`optimizers` must hold at least one"):
+    with pytest.raises(ValueError, match="`optimizers` must contain at least one"):
         together()
 
 

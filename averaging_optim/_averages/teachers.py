@@ -135,8 +135,8 @@ def averaged_copy(model: nn.Module, stores: Sequence[TensorStore]) -> nn.Module:
         teacher = copy.deepcopy(model, memo)
     except Exception as error:
         raise ValueError(
-            "`model` must be one that copy.deepcopy can copy, got "
-            f"{type(error).__name__}: {error} Pass another instance of the model as `into`."
+            "`model` must be one that copy.deepcopy can copy. Pass another instance as `into`. "
+            f"({type(error).__name__}: {error})"
         ) from error
     verify(teacher, model, stores, "`model` must be one that copy.deepcopy copies with its memo")
     return teacher
