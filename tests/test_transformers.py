@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from training import averages, everything, same, values
 from transformers import (
+    EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
     Seq2SeqTrainer,
@@ -27,6 +29,9 @@ from averaging_optim.integrations.transformers import AveragedEvaluationMixin
 TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
 TEXTS = torch.randint(8, (12, 5), generator=torch.Generator().manual_seed(0))
 EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+BOTH: dict[str, Any] = {"averaged_names": ["ema", "swa"]}
+AVERAGED: dict[str, Any] = {"save": "averaged"}
 DATA = [{"input_ids": text, "labels": text} for text in TEXTS]
 
 
@@ -60,6 +65,33 @@ class Recording(AveragedEvaluationMixin, Trainer):
 
 class RecordingSeq2Seq(Recording, Seq2SeqTrainer):
     """The same over a subclass of Trainer that has its own `evaluate` and `predict`."""
+
+
+class AveragingAdamW(AveragingOptimizer):
+    """What `optimizer_cls_and_kwargs` can take."""
+
+    def __init__(self, params: Any, rule: Rule, **arguments: Any) -> None:
+        super().__init__(AdamW(params, **arguments), rule)
+
+
+class Sharded(Recording):
+    """Finds FSDP on, which transformers turns on only where there is an accelerator."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = True
+
+
+class MasterCopies(Optimizer):
+    """Puts float32 copies of the weights into the groups of an optimizer, as DeepSpeed does."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        for group in optimizer.param_groups:
+            group["params"] = [nn.Parameter(each.detach().float()) for each in group["params"]]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["optimizer"], name)
 
 
 class Creating(Recording):
@@ -134,13 +166,23 @@ def all_there_is(trainer: Trainer) -> list[Tensor]:
     return everything(trainer.model, optimizer_of(trainer))
 
 
-def averages_in(checkpoint: Path) -> list[Tensor]:
+def averages_in(checkpoint: Path, name: str = "ema") -> list[Tensor]:
     state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    return [state[index]["averaged_ema"] for index in sorted(state)]
+    return [state[index][f"averaged_{name}"] for index in sorted(state)]
 
 
 def weights_in(checkpoint: Path) -> dict[str, Tensor]:
     return load_file(checkpoint / "model.safetensors")
+
+
+def loaded_from(checkpoint: Path) -> list[Tensor]:
+    return values(GPT2LMHeadModel.from_pretrained(checkpoint).parameters())
+
+
+def scores(*given: float) -> Callable[[Any], dict[str, float]]:
+    """Return a function that gives these scores, one a call."""
+    left = iter(given)
+    return lambda _: {"score": next(left)}
 
 
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bf16"])
@@ -270,17 +312,18 @@ def test_save_averaged_without_an_averaging_optimizer_is_refused(tmp_path: Path)
     assert not (tmp_path / "averaged").exists()
 
 
-def test_the_best_model_comes_back_with_its_averages(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keywords", [{}, AVERAGED], ids=["training", "averaged"])
+def test_the_best_model_comes_back_with_its_averages(
+    keywords: dict[str, Any], tmp_path: Path
+) -> None:
     # Worse at each evaluation, so that the first is the best.
-    scores = iter([3.0, 2.0, 1.0, 0.0])
     trainer = given(
         tmp_path,
-        keywords={"compute_metrics": lambda _: {"score": next(scores)}},
-        save_strategy="steps",
-        save_steps=2,
+        keywords={"compute_metrics": scores(3, 2, 1, 0), **keywords},
         load_best_model_at_end=True,
         metric_for_best_model="score",
         greater_is_better=True,
+        **SAVING,
         **EVALUATING,
     )
     trainer.train()
@@ -291,10 +334,238 @@ def test_the_best_model_comes_back_with_its_averages(tmp_path: Path) -> None:
     assert same([trainer.model.state_dict()[key] for key in best], best.values())
 
 
-def test_the_best_model_without_its_averages_is_refused_before_training(tmp_path: Path) -> None:
-    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
-    with pytest.raises(ValueError, match=r"`save_only_model` must be False with `load_best_model"):
-        given(tmp_path, load_best_model_at_end=True, **saving, **EVALUATING)
+@pytest.mark.parametrize("only_model", [False, True])
+def test_the_best_checkpoint_and_the_model_in_the_end_are_what_was_evaluated(
+    only_model: bool, tmp_path: Path
+) -> None:
+    trainer = given(
+        tmp_path,
+        keywords={"compute_metrics": scores(1, 2, 0, 2), **AVERAGED},
+        save_only_model=only_model,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        **SAVING,
+        **EVALUATING,
+    )
+    trainer.train()
+    evaluated = trainer.seen[1]
+    assert same(loaded_from(tmp_path / "checkpoint-4"), evaluated)
+    assert same(weights_of(trainer), evaluated)
+    trainer.evaluate()
+    assert same(trainer.seen[-1], evaluated)
+    trainer.save_model(tmp_path / "best")
+    assert same(loaded_from(tmp_path / "best"), evaluated)
+
+
+@pytest.mark.parametrize("resuming", [{}, AVERAGED], ids=["training", "averaged"])
+def test_checkpoints_that_hold_the_average_resume_from_the_training_weights(
+    resuming: dict[str, Any], tmp_path: Path
+) -> None:
+    uninterrupted = given(tmp_path, keywords=AVERAGED, **SAVING)
+    uninterrupted.train()
+    resumed = given(tmp_path / "resumed", keywords=resuming)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(all_there_is(resumed), all_there_is(uninterrupted))
+
+
+def test_checkpoints_hold_the_average_by_name_beside_the_training_weights(tmp_path: Path) -> None:
+    plain = given(tmp_path / "plain", TWO_RULES, kind=Trainer, **SAVING)
+    plain.train()
+    keywords = {"averaged_name": "swa", **AVERAGED}
+    trainer = given(tmp_path, TWO_RULES, keywords=keywords, **SAVING)
+    trainer.train()
+    assert same(all_there_is(trainer), all_there_is(plain))
+    checkpoint = tmp_path / "checkpoint-4"
+    assert same(loaded_from(checkpoint), averages_in(checkpoint, "swa"))
+    expected = weights_in(tmp_path / "plain" / "checkpoint-4")
+    assert same(weights_in(checkpoint / "training_weights").values(), expected.values())
+
+
+def test_checkpoints_of_the_model_alone_hold_the_average_alone(tmp_path: Path) -> None:
+    trainer = given(tmp_path, keywords=AVERAGED, save_only_model=True, **SAVING)
+    trainer.train()
+    assert same(loaded_from(tmp_path / "checkpoint-6"), averages(optimizer_of(trainer), "ema"))
+    assert not (tmp_path / "checkpoint-6" / "training_weights").exists()
+
+
+def test_a_model_saved_before_training_holds_its_weights(tmp_path: Path) -> None:
+    trainer = Recording(language_model(), arguments_for(tmp_path), save="averaged")
+    trainer.save_model(str(tmp_path / "model"))
+    assert same(loaded_from(tmp_path / "model"), language_model().parameters())
+
+
+def test_models_of_an_optimizer_that_does_not_average_are_saved_as_they_are(
+    tmp_path: Path,
+) -> None:
+    trainer = given(
+        tmp_path,
+        keywords=AVERAGED,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        **SAVING,
+        **EVALUATING,
+    )
+    trainer.optimizer = trainer.optimizer.wrapped
+    trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: 0.9**step)
+    with pytest.warns(UserWarning, match=r"^The Trainer has no AveragingOptimizer: its model"):
+        trainer.train()
+    assert same(loaded_from(Path(trainer.state.best_model_checkpoint)), weights_of(trainer))
+
+
+BEST: dict[str, Any] = {"load_best_model_at_end": True, **SAVING, **EVALUATING}
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "best_without_averages": (
+        {"save_only_model": True, **BEST},
+        {},
+        r"`save_only_model` must be False with `load_best_model_at_end`, got True\.",
+    ),
+    "best_by_the_weights": (
+        BEST,
+        {**AVERAGED, **BOTH},
+        r"`metric_for_best_model` must be a metric of the average that is saved, got 'loss'\. "
+        r"Choose one such as 'eval_ema_loss'",
+    ),
+    "best_by_another_average": (
+        {"metric_for_best_model": "eval_swa_loss", "save_strategy": "best", **EVALUATING},
+        {**AVERAGED, **BOTH},
+        r"`metric_for_best_model` must be .* got 'eval_swa_loss'\.",
+    ),
+    "nothing_to_save": ({}, {"save": "ema"}, r"`save` must be 'training' or 'averaged', got 'ema'"),
+    "no_names": ({}, {"averaged_names": []}, r"`averaged_names` must hold at least one name, got"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "keywords", "message"), REFUSED.values(), ids=REFUSED)
+def test_arguments_that_do_not_fit_are_refused_before_training(
+    arguments: dict[str, Any], keywords: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        given(tmp_path, TWO_RULES, keywords=keywords, **arguments)
+
+
+def test_a_single_name_in_the_place_of_several_is_refused(tmp_path: Path) -> None:
+    message = r"`averaged_names` must be a list of names, got 'ema'\."
+    with pytest.raises(TypeError, match=message):
+        given(tmp_path, keywords={"averaged_names": "ema"})
+
+
+def test_saving_averages_of_a_sharded_model_is_refused(tmp_path: Path) -> None:
+    message = r"`save` must be 'training' with FSDP or DeepSpeed, got 'averaged'\."
+    with pytest.raises(ValueError, match=message):
+        Sharded(language_model(), arguments_for(tmp_path), save="averaged")
+
+
+def test_saving_the_weights_alone_while_averages_are_evaluated_warns(tmp_path: Path) -> None:
+    message = r"^`save_only_model` saves training weights without their averages, but averages are"
+    with pytest.warns(UserWarning, match=message):
+        given(tmp_path, save_only_model=True, **SAVING, **EVALUATING)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"averaged_names": ["ema", "slow"]}])
+def test_a_wrong_name_is_refused_before_training(keywords: dict[str, Any], tmp_path: Path) -> None:
+    trainer = given(tmp_path, TWO_RULES, keywords=keywords, **EVALUATING)
+    with pytest.raises(ValueError, match=r"`name` must be one of 'ema', 'swa', got"):
+        trainer.train()
+    assert same(weights_of(trainer), language_model().parameters())
+
+
+@pytest.mark.parametrize("kind", [Recording, RecordingSeq2Seq])
+def test_one_evaluation_is_of_the_weights_and_of_each_average_by_name(
+    kind: type[Trainer], tmp_path: Path
+) -> None:
+    trainer = given(tmp_path, TWO_RULES, kind=kind, keywords=BOTH)
+    trainer.train()
+    before = all_there_is(trainer)
+    together = trainer.evaluate(DATA[:2])
+    assert same(trainer.seen[0], averages(optimizer_of(trainer), "ema"))
+    assert same(trainer.seen[1], averages(optimizer_of(trainer), "swa"))
+    assert same(trainer.seen[2], weights_of(trainer))
+    assert same(all_there_is(trainer), before)
+    losses = {key: loss for key, loss in together.items() if key.endswith("loss")}
+    trainer.averaged_names, trainer.averaged_name = None, "swa"
+    assert losses.keys() == {"eval_loss", "eval_ema_loss", "eval_swa_loss"}
+    assert losses["eval_swa_loss"] == trainer.evaluate()["eval_loss"] != losses["eval_loss"]
+
+
+def test_each_of_several_averages_is_evaluated_on_each_of_several_sets(tmp_path: Path) -> None:
+    trainer = given(tmp_path, TWO_RULES, keywords=BOTH)
+    trainer.train()
+    metrics = trainer.evaluate({"first": DATA[:2], "second": DATA[2:4]}, metric_key_prefix="last")
+    prefixes = ["last", "last_ema", "last_swa"]
+    names = [f"{prefix}_{name}_loss" for prefix in prefixes for name in ("first", "second")]
+    assert set(names) == {key for key in metrics if key.endswith("loss")}
+    assert len(trainer.seen) == 6
+    assert same(trainer.seen[1], averages(optimizer_of(trainer), "ema"))
+    assert same(trainer.seen[3], averages(optimizer_of(trainer), "swa"))
+    assert same(trainer.seen[5], weights_of(trainer))
+
+
+def test_metrics_of_each_average_are_logged_once_at_their_step(tmp_path: Path) -> None:
+    trainer = given(tmp_path, TWO_RULES, keywords=BOTH, **EVALUATING)
+    trainer.train()
+    logged = [
+        (entry["step"], key)
+        for entry in trainer.state.log_history
+        for key in entry
+        if key.startswith("eval") and key.endswith("loss")
+    ]
+    keys = ["eval_ema_loss", "eval_swa_loss", "eval_loss"]
+    assert logged == [(step, key) for step in (2, 4, 6) for key in keys]
+
+
+def test_evaluating_several_averages_leaves_training_as_it_is(tmp_path: Path) -> None:
+    plain = given(tmp_path, TWO_RULES, kind=Trainer, **EVALUATING)
+    plain.train()
+    trainer = given(tmp_path, TWO_RULES, keywords=BOTH, **EVALUATING)
+    trainer.train()
+    assert same(all_there_is(trainer), all_there_is(plain))
+
+
+@pytest.mark.parametrize("metric", ["eval_swa_score", "swa_score"])
+def test_the_best_model_and_early_stopping_go_by_the_metric_of_an_average(
+    metric: str, tmp_path: Path
+) -> None:
+    # Of ema, swa and the weights at each evaluation: only those of swa rise and fall.
+    metrics = scores(0, 1, 9, 0, 2, 8, 0, 1, 9, 0, 0, 9)
+    stopping = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = given(
+        tmp_path,
+        TWO_RULES,
+        keywords={
+            "compute_metrics": metrics,
+            "callbacks": [stopping],
+            "averaged_name": "swa",
+            **BOTH,
+            **AVERAGED,
+        },
+        metric_for_best_model=metric,
+        greater_is_better=True,
+        **{**BEST, "max_steps": 12},
+    )
+    trainer.train()
+    assert trainer.state.best_metric == 2
+    assert trainer.state.global_step == 8
+    assert same(weights_of(trainer), averages_in(tmp_path / "checkpoint-4", "swa"))
+
+
+def test_predictions_are_by_the_first_of_several_averages(tmp_path: Path) -> None:
+    trainer = given(tmp_path, TWO_RULES, keywords={"averaged_names": ["swa", "ema"]})
+    trainer.train()
+    trainer.predict(DATA[:2])
+    assert len(trainer.seen) == 1
+    assert same(trainer.seen[0], averages(optimizer_of(trainer), "swa"))
+
+
+def test_an_evaluation_that_raises_leaves_several_averages_to_evaluate(tmp_path: Path) -> None:
+    trainer = given(tmp_path, TWO_RULES, keywords=BOTH)
+    trainer.train()
+    before = all_there_is(trainer)
+    trainer.crash_at = 2
+    with pytest.raises(ArithmeticError, match="crashed on purpose"):
+        trainer.evaluate()
+    assert same(all_there_is(trainer), before)
+    assert {"eval_loss", "eval_ema_loss", "eval_swa_loss"} <= set(trainer.evaluate())
 
 
 @pytest.mark.parametrize(
@@ -327,3 +598,64 @@ def test_a_trainer_whose_optimizer_does_not_average_warns(tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match=r"^The Trainer has no AveragingOptimizer: its model"):
         trainer.evaluate()
     assert same(trainer.seen[0], language_model().parameters())
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_the_averages_are_found_however_often_the_optimizer_is_wrapped(
+    depth: int, tmp_path: Path
+) -> None:
+    trainer = given(tmp_path)
+    averaging = trainer.optimizer
+    for _ in range(depth):
+        trainer.optimizer = AcceleratedOptimizer(trainer.optimizer)
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.averaging_optimizer() is averaging
+    assert same(trainer.seen[-1], averages(averaging, "ema"))
+
+
+@pytest.mark.parametrize("arguments", [EVALUATING, {}], ids=["train", "evaluate"])
+def test_averages_of_copies_of_the_weights_are_refused(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer = given(tmp_path, **arguments)
+    trainer.optimizer = MasterCopies(trainer.optimizer)
+    message = r"`model` must have parameters that this optimizer averages, got a GPT2LMHeadModel"
+    with pytest.raises(ValueError, match=message):
+        trainer.train() if arguments else trainer.evaluate()
+
+
+def classes() -> dict[str, Any]:
+    """Return what `optimizer_cls_and_kwargs` may be to make an averaging optimizer."""
+
+    def make(model: nn.Module, **arguments: Any) -> Optimizer:
+        return AveragingOptimizer(AdamW(model.parameters(), **arguments), EMA(0.9))
+
+    return {
+        "class": (AveragingAdamW, {"rule": EMA(0.9), "lr": 0.01}),
+        "factory": (lambda: make, {"lr": 0.01, "weight_decay": 0.0}),
+    }
+
+
+@pytest.mark.parametrize("kind", classes())
+def test_a_class_or_a_factory_makes_the_averaging_optimizer(kind: str, tmp_path: Path) -> None:
+    def start(optimizer: Any, directory: Path, **arguments: Any) -> Any:
+        return Recording(
+            language_model(),
+            arguments_for(directory, **arguments),
+            train_dataset=DATA,
+            eval_dataset=DATA[:2],
+            optimizer_cls_and_kwargs=optimizer,
+        )
+
+    plain = start((AdamW, {"lr": 0.01}), tmp_path)
+    plain.train()
+    trainer = start(classes()[kind], tmp_path, **SAVING)
+    trainer.train()
+    assert same(weights_of(trainer), weights_of(plain))
+    trainer.evaluate()
+    averaged = optimizer_of(trainer).averaged_model(trainer.model)
+    assert same(trainer.seen[-1], averaged.parameters())
+    resumed = start(classes()[kind], tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(all_there_is(resumed), all_there_is(trainer))
