@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -147,6 +148,25 @@ def test_the_optimizer_given_to_prepare_is_the_one_that_is_driven() -> None:
     train_an_epoch(run)
     with given[0].swap_to_averaged():
         assert same(run.model.parameters(), averages(given[0], "ema"))
+
+
+def test_an_optimizer_that_is_wrapped_twice_is_driven_once() -> None:
+    once = start()
+    train_an_epoch(once)
+    twice = start()
+    averaging = twice.averaging
+    twice.optimizer = AcceleratedOptimizer(twice.optimizer)
+    train_an_epoch(twice)
+    assert averaging.n_averaged("ema") == BATCHES
+    assert same(everything(twice.model, averaging), once.everything())
+
+
+def test_the_averaged_state_dict_of_the_prepared_model_loads_into_the_plain_one() -> None:
+    run = start()
+    train_an_epoch(run)
+    plain = nn.Sequential(small_model(), nn.Dropout(0.1))
+    plain.load_state_dict(run.averaging.averaged_state_dict(torch.compile(run.model), "ema"))
+    assert same(plain.parameters(), averages(run.averaging, "ema"))
 
 
 def test_a_model_saved_inside_the_swap_holds_the_average(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from training import averages, everything, same, values
 from transformers import (
@@ -72,6 +72,14 @@ class AveragingAdamW(AveragingOptimizer):
 
     def __init__(self, params: Any, rule: Rule, **arguments: Any) -> None:
         super().__init__(AdamW(params, **arguments), rule)
+
+
+class Logging(Recording):
+    """Adds a metric that has no prefix of an average, as trl's trainers do."""
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        logs["eval_first_weight"] = weights_of(self)[0][0, 0].item()
+        super().log(logs, *args, **kwargs)
 
 
 class Sharded(Recording):
@@ -501,6 +509,14 @@ def test_each_of_several_averages_is_evaluated_on_each_of_several_sets(tmp_path:
     assert same(trainer.seen[5], weights_of(trainer))
 
 
+def test_a_metric_without_a_prefix_is_of_the_training_weights(tmp_path: Path) -> None:
+    trainer = given(tmp_path, TWO_RULES, kind=Logging, keywords=BOTH)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_first_weight"] == weights_of(trainer)[0][0, 0].item()
+    assert metrics["eval_first_weight"] != trainer.seen[0][0][0, 0].item()
+
+
 def test_metrics_of_each_average_are_logged_once_at_their_step(tmp_path: Path) -> None:
     trainer = given(tmp_path, TWO_RULES, keywords=BOTH, **EVALUATING)
     trainer.train()
@@ -623,6 +639,27 @@ def test_averages_of_copies_of_the_weights_are_refused(
     message = r"`model` must have parameters that this optimizer averages, got a GPT2LMHeadModel"
     with pytest.raises(ValueError, match=message):
         trainer.train() if arguments else trainer.evaluate()
+
+
+class Naming(Recording):
+    """Evaluates averages that another optimizer keeps."""
+
+    averages: AveragingOptimizer
+
+    def averaging_optimizer(self) -> AveragingOptimizer:
+        return self.averages
+
+
+def test_averages_of_another_optimizer_are_used_if_it_is_named(tmp_path: Path) -> None:
+    trainer = given(tmp_path, kind=Naming)
+    parameters = trainer.model.parameters()
+    trainer.averages = AveragingOptimizer(SGD(parameters, lr=0.0), EMA(0.9, every=None))
+    trainer.averages.update_averages()
+    trainer.train()
+    trainer.evaluate()
+    assert same(trainer.seen[0], language_model().parameters())
+    trainer.save_averaged(tmp_path / "averaged")
+    assert same(loaded_from(tmp_path / "averaged"), language_model().parameters())
 
 
 def classes() -> dict[str, Any]:

@@ -188,10 +188,10 @@ class AveragedEvaluationMixin(Trainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> dict[str, float]:
-        """Return metrics of the training weights, and then of the averages.
+        """Evaluate the averages, and then the training weights, as though these alone were.
 
-        Those are evaluated last, and alone draw random numbers, so that training goes on as though
-        nothing else had been evaluated.
+        Random numbers are drawn once, and a metric that has no prefix of an average is of the
+        weights.
         """
         metrics: dict[str, float] = {}
         self._is_evaluating_each = True
@@ -199,7 +199,7 @@ class AveragedEvaluationMixin(Trainer):
             for name in self.averaged_names or ():
                 with self._averaged(name), self._random_numbers_restored():
                     metrics |= evaluate(metric_key_prefix=f"{metric_key_prefix}_{name}", **kwargs)
-            return evaluate(metric_key_prefix=metric_key_prefix, **kwargs) | metrics
+            return metrics | evaluate(metric_key_prefix=metric_key_prefix, **kwargs)
         finally:
             self._is_evaluating_each = False
 
