@@ -161,11 +161,35 @@ def test_an_optimizer_that_is_wrapped_twice_is_driven_once() -> None:
     assert same(everything(twice.model, averaging), once.everything())
 
 
-def test_the_averaged_state_dict_of_the_prepared_model_loads_into_the_plain_one() -> None:
-    run = start()
+def test_averages_beside_the_optimizer_that_trains_are_saved_if_they_are_registered(
+    tmp_path: Path,
+) -> None:
+    def start_beside() -> tuple[Run, AveragingOptimizer]:
+        run = start(lambda adam: adam)
+        beside = AveragingOptimizer.of(run.accelerator.unwrap_model(run.model), EMA(0.9))
+        run.accelerator.register_for_checkpointing(beside)
+        return run, beside
+
+    run, beside = start_beside()
     train_an_epoch(run)
+    beside.step()
+    train_an_epoch(run)
+    beside.step()
+    run.accelerator.save_state(str(tmp_path))
+    resumed, loaded = start_beside()
+    resumed.accelerator.load_state(str(tmp_path))
+    assert same(everything(resumed.model, loaded), everything(run.model, beside))
+    assert loaded.n_averaged() == 2
+    with loaded.swap_to_averaged():
+        assert same(resumed.model.parameters(), averages(beside, "ema"))
+
+
+def test_the_averaged_state_dict_of_the_prepared_model_loads_into_the_plain_one() -> None:
+    run = start(dynamo_backend="eager")
+    run.averaging.update_averages()
     plain = nn.Sequential(small_model(), nn.Dropout(0.1))
-    plain.load_state_dict(run.averaging.averaged_state_dict(torch.compile(run.model), "ema"))
+    assert run.model.state_dict().keys() != plain.state_dict().keys()
+    plain.load_state_dict(run.averaging.averaged_state_dict(run.model, "ema"))
     assert same(plain.parameters(), averages(run.averaging, "ema"))
 
 

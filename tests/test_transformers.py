@@ -11,7 +11,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from training import averages, everything, same, values
 from transformers import (
@@ -21,6 +21,7 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
+    TrainerCallback,
 )
 
 from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
@@ -636,13 +637,13 @@ def test_averages_of_copies_of_the_weights_are_refused(
 ) -> None:
     trainer = given(tmp_path, **arguments)
     trainer.optimizer = MasterCopies(trainer.optimizer)
-    message = r"`model` must have parameters that this optimizer averages, got a GPT2LMHeadModel"
+    message = r"got a GPT2LMHeadModel with none\..* use `AveragingOptimizer\.of\(model, rule\)`\."
     with pytest.raises(ValueError, match=message):
         trainer.train() if arguments else trainer.evaluate()
 
 
 class Naming(Recording):
-    """Evaluates averages that another optimizer keeps."""
+    """Evaluates averages that the optimizer that trains doesn't keep."""
 
     averages: AveragingOptimizer
 
@@ -650,16 +651,27 @@ class Naming(Recording):
         return self.averages
 
 
-def test_averages_of_another_optimizer_are_used_if_it_is_named(tmp_path: Path) -> None:
-    trainer = given(tmp_path, kind=Naming)
-    parameters = trainer.model.parameters()
-    trainer.averages = AveragingOptimizer(SGD(parameters, lr=0.0), EMA(0.9, every=None))
-    trainer.averages.update_averages()
+class StepAverages(TrainerCallback):
+    def __init__(self, averages: AveragingOptimizer) -> None:
+        self.averages = averages
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.averages.step()
+
+
+def test_averages_beside_the_optimizer_that_trains_are_used_if_they_are_named(
+    tmp_path: Path,
+) -> None:
+    trainer = given(tmp_path, EMA(0.9), kind=Naming)
+    trainer.averages = AveragingOptimizer.of(trainer.model, EMA(0.5))
+    trainer.add_callback(StepAverages(trainer.averages))
     trainer.train()
     trainer.evaluate()
-    assert same(trainer.seen[0], language_model().parameters())
+    expected = values(trainer.averages.averaged_model(trainer.model).parameters())
+    assert same(trainer.seen[0], expected)
+    assert trainer.averages.n_averaged() == 6
     trainer.save_averaged(tmp_path / "averaged")
-    assert same(loaded_from(tmp_path / "averaged"), language_model().parameters())
+    assert same(loaded_from(tmp_path / "averaged"), expected)
 
 
 def classes() -> dict[str, Any]:
