@@ -94,7 +94,12 @@ class AveragedEvaluationMixin(Trainer):
         self.add_callback(_BeforeTraining(self._check_averages))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the averaged weights, as `Trainer.evaluate` does the weights."""
+        """Evaluate the average, or the weights and each of `averaged_names`.
+
+        Args:
+            args, kwargs: of `Trainer.evaluate`; with `averaged_names`, `metric_key_prefix` must be
+                given by keyword.
+        """
         if self._is_evaluating_each:  # `Trainer.evaluate` calls this for each of several sets
             return super().evaluate(*args, **kwargs)
         self._cast_for_evaluation()
@@ -188,10 +193,10 @@ class AveragedEvaluationMixin(Trainer):
         metric_key_prefix: str = "eval",
         **kwargs: Any,
     ) -> dict[str, float]:
-        """Evaluate the averages, and then the training weights, as though these alone were.
+        """Return the metrics of each average, by its prefix, and of the training weights.
 
-        Random numbers are drawn once, and a metric that has no prefix of an average is of the
-        weights.
+        These come last, and draw the same random numbers, so that training goes on as if they alone
+        had been evaluated, and so that a metric without an average's prefix is theirs.
         """
         metrics: dict[str, float] = {}
         self._is_evaluating_each = True
