@@ -441,7 +441,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         r"`metric_for_best_model` must be .* got 'eval_swa_loss'\.",
     ),
     "nothing_to_save": ({}, {"save": "ema"}, r"`save` must be 'training' or 'averaged', got 'ema'"),
-    "no_names": ({}, {"averaged_names": []}, r"`averaged_names` must hold at least one name, got"),
+    "no_names": ({}, {"averaged_names": []}, r"`averaged_names` must be a list of .* got \[\]\."),
+    "one_name": ({}, {"averaged_names": "ema"}, r"`averaged_names` must be a list of .* got 'ema'"),
+    "a_name_twice": (
+        {},
+        {"averaged_names": ["ema", "ema"]},
+        r"`averaged_names` must be a list of different names, got \['ema', 'ema'\]\.",
+    ),
 }
 
 
@@ -451,12 +457,6 @@ def test_arguments_that_do_not_fit_are_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         given(tmp_path, TWO_RULES, keywords=keywords, **arguments)
-
-
-def test_a_single_name_in_the_place_of_several_is_refused(tmp_path: Path) -> None:
-    message = r"`averaged_names` must be a list of names, got 'ema'\."
-    with pytest.raises(TypeError, match=message):
-        given(tmp_path, keywords={"averaged_names": "ema"})
 
 
 def test_saving_averages_of_a_sharded_model_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -49,7 +49,6 @@ class AveragedEvaluationMixin(Trainer):
             or `save="averaged"` is asked of FSDP or DeepSpeed. From `train` or an evaluation, there
             is no average of a name, or the model has parameters that are trained and neither
             averaged nor left out by `average=False` or `exclude`.
-        TypeError: `averaged_names` is a string.
 
     Example:
         >>> import torch
@@ -79,7 +78,7 @@ class AveragedEvaluationMixin(Trainer):
         *args: Any,
         averaged_name: str | None = None,
         averaged_names: Sequence[str] | None = None,
-        save: str = "training",
+        save: Literal["training", "averaged"] = "training",
         **kwargs: Any,
     ) -> None:
         _check_names(averaged_names)
@@ -268,7 +267,9 @@ class _BeforeTraining(TrainerCallback):
 
 
 def _check_names(averaged_names: Sequence[str] | None) -> None:
-    if isinstance(averaged_names, str):
-        raise TypeError(f"`averaged_names` must be a list of names, got {averaged_names!r}.")
-    if averaged_names is not None and not averaged_names:
-        raise ValueError("`averaged_names` must hold at least one name, got none.")
+    if averaged_names is None:
+        return
+    if isinstance(averaged_names, str) or not 0 < len(set(averaged_names)) == len(averaged_names):
+        raise ValueError(
+            f"`averaged_names` must be a list of different names, got {averaged_names!r}."
+        )
