@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import CSVLogger
+from lightning_runs import (
+    BATCHES,
+    TWO_RULES,
+    Adversaries,
+    Module,
+    all_averages,
+    all_there_is,
+    averages_in,
+    averaging_optimizers,
+    each_epoch,
+    each_step,
+    fit,
+    trainer_with,
+    uninterrupted,
+    weights_in,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
@@ -19,163 +36,17 @@ from training import (
     averages,
     averaging_sgd,
     everything,
-    loss_of_batch,
     same,
     small_model,
     train,
     values,
 )
 
-from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
+from averaging_optim import EMA, AveragingOptimizer, together
 from averaging_optim.integrations.lightning import EvaluateAveraged
 
 # Resuming without the callback that wrote the checkpoint is meant: nothing of it is needed.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-
-BATCHES = 6
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
-
-
-class Numbers:
-    """Yields the numbers of an epoch's batches, and can go on within an epoch."""
-
-    def __init__(self) -> None:
-        self.following = 0
-
-    def __len__(self) -> int:
-        return BATCHES
-
-    def __iter__(self) -> Iterator[int]:
-        self.following %= BATCHES
-        while self.following < BATCHES:
-            self.following += 1
-            yield self.following - 1
-
-    def state_dict(self) -> dict[str, int]:
-        return {"following": self.following}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.following = state_dict["following"]
-
-
-class Module(LightningModule):
-    """Trains on numbered batches, and keeps the weights that each evaluation step sees."""
-
-    def __init__(
-        self,
-        rule: Rule | dict[str, Rule] | None = None,
-        *,
-        dtype: torch.dtype | None = None,
-        crash_at: tuple[str, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.net = small_model()
-        self.rule = rule or EMA(0.9)
-        self.average_dtype = dtype
-        self.crash_at = crash_at
-        self.seen: list[list[Tensor]] = []
-
-    def configure_optimizers(self) -> Any:
-        optimizer = averaging_sgd(self.net, self.rule, dtype=self.average_dtype)
-        scheduler = {"scheduler": StepLR(optimizer, 1, 0.9), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def training_step(self, batch: int) -> Tensor:
-        number = self.current_epoch * BATCHES + batch
-        self.crash("train", number)
-        return loss_of_batch(self.net, number)
-
-    def validation_step(self, batch: int) -> None:
-        self.seen.append(values(self.parameters()))
-        self.crash("validate", len(self.seen))
-        self.log("loss", loss_of_batch(self.net, 1000), batch_size=1)
-
-    def test_step(self, batch: int) -> None:
-        self.seen.append(values(self.parameters()))
-
-    def predict_step(self, batch: int) -> Tensor:
-        self.seen.append(values(self.parameters()))
-        return loss_of_batch(self.net, 1000)
-
-    def crash(self, stage: str, number: int) -> None:
-        if self.crash_at == (stage, number):
-            raise ArithmeticError("crashed on purpose")
-
-
-class Adversaries(Module):
-    """Trains two networks with an optimizer each, stepping by hand."""
-
-    def __init__(self, *, crash_at: tuple[str, int] | None = None) -> None:
-        super().__init__(crash_at=crash_at)
-        self.automatic_optimization = False
-        self.other = small_model()
-
-    def configure_optimizers(self) -> Any:
-        return [averaging_sgd(self.net, EMA(0.9)), averaging_sgd(self.other, EMA(0.5))]
-
-    def training_step(self, batch: int) -> Tensor:
-        loss = super().training_step(batch)
-        losses = [loss, loss_of_batch(self.other, batch)]
-        optimizers: Any = self.optimizers()
-        for optimizer, each in zip(optimizers, losses, strict=True):
-            optimizer.zero_grad()
-            self.manual_backward(each)
-            optimizer.step()
-        return loss
-
-
-def trainer_with(*callbacks: Callback, **arguments: Any) -> Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(each, Checkpoint) for each in callbacks),
-        "num_sanity_val_steps": 0,
-        "max_epochs": 2,
-    }
-    return Trainer(callbacks=list(callbacks), **{**quiet, **arguments})
-
-
-def fit(trainer: Trainer, module: LightningModule, **arguments: Any) -> None:
-    trainer.fit(module, Numbers(), range(2), **arguments)
-
-
-def averaging_optimizers(trainer: Trainer) -> list[AveragingOptimizer]:
-    return [each for each in trainer.optimizers if isinstance(each, AveragingOptimizer)]
-
-
-def all_averages(trainer: Trainer, name: str = "ema") -> list[Tensor]:
-    return [each for one in averaging_optimizers(trainer) for each in averages(one, name)]
-
-
-def all_there_is(module: nn.Module, trainer: Trainer) -> list[Tensor]:
-    """Return the weights and what the optimizers hold: averages, momenta, counters."""
-    return [each for one in averaging_optimizers(trainer) for each in everything(module, one)]
-
-
-def averages_in(path: str | Path, name: str = "ema") -> list[Tensor]:
-    states = torch.load(path, weights_only=True)["optimizer_states"]
-    return [each[f"averaged_{name}"] for state in states for each in state["state"].values()]
-
-
-def weights_in(path: str | Path) -> list[Tensor]:
-    weights: dict[str, Tensor] = torch.load(path, weights_only=True)["state_dict"]
-    return list(weights.values())
-
-
-def each_step(directory: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(directory, "{step}", every_n_train_steps=1, save_top_k=-1)
-
-
-def each_epoch(directory: Path, *, save_weights_only: bool = False) -> ModelCheckpoint:
-    return ModelCheckpoint(directory, "{epoch}", save_top_k=-1, save_weights_only=save_weights_only)
-
-
-def uninterrupted(module: Module, **arguments: Any) -> list[Tensor]:
-    trainer = trainer_with(**arguments)
-    fit(trainer, module)
-    return all_there_is(module, trainer)
 
 
 # The state after the step, which Lightning warns of, is the one to resume from.
@@ -355,6 +226,70 @@ def test_a_model_of_which_a_part_is_trained_and_not_averaged_is_refused_before_t
     assert trainer.global_step == 0
 
 
+class MatricesApart(Module):
+    """Trains matrices with Muon and vectors with AdamW, as torch's Muon asks for."""
+
+    def __init__(self, *, averaging: bool = True) -> None:
+        super().__init__()
+        self.averaging = averaging
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        matrices = [weight for weight in self.parameters() if weight.ndim == 2]
+        vectors = [weight for weight in self.parameters() if weight.ndim == 1]
+        optimizers = [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(vectors, lr=0.01)]
+        if self.averaging:
+            optimizers = [AveragingOptimizer(each, TWO_RULES) for each in optimizers]
+        return optimizers, [StepLR(each, 1, 0.5) for each in optimizers]
+
+    def training_step(self, batch: int) -> Tensor:
+        loss = super().training_step(batch)
+        optimizers: Any = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss
+
+
+def test_muon_and_adamw_are_evaluated_and_saved_together(tmp_path: Path) -> None:
+    trainer, module = trainer_with(EvaluateAveraged("ema", save="averaged")), MatricesApart()
+    fit(trainer, module)
+    averaged = together(*averaging_optimizers(trainer)).averaged_state_dict(module, "ema")
+    assert same(module.seen[-1], [averaged[name] for name, _ in module.named_parameters()])
+    trainer.save_checkpoint(tmp_path / "averaged.ckpt", weights_only=True)
+    assert same(weights_in(tmp_path / "averaged.ckpt"), averaged.values())
+    expected = MatricesApart(averaging=False)
+    fit(trainer_with(), expected)
+    assert same(module.parameters(), expected.parameters())
+
+
+def learning_rates(module: Module, folder: Path) -> dict[str, list[float]]:
+    monitor = LearningRateMonitor()
+    fit(trainer_with(monitor, logger=CSVLogger(folder), log_every_n_steps=1), module)
+    return monitor.lrs
+
+
+def test_learning_rates_are_logged_once_for_each_optimizer(tmp_path: Path) -> None:
+    logged = learning_rates(MatricesApart(), tmp_path / "averaging")
+    expected = learning_rates(MatricesApart(averaging=False), tmp_path / "bare")
+    # Lightning names them after the class of what it is given.
+    assert list(logged) == ["lr-AveragingOptimizer", "lr-AveragingOptimizer-1"]
+    assert list(expected) == ["lr-Muon", "lr-AdamW"]
+    assert list(logged.values()) == list(expected.values())
+
+
+def test_learning_rates_have_the_names_that_schedulers_are_given(tmp_path: Path) -> None:
+    class Named(MatricesApart):
+        def configure_optimizers(self) -> Any:
+            optimizers, schedulers = super().configure_optimizers()
+            named = zip(schedulers, ["lr-Muon", "lr-AdamW"], strict=True)
+            return optimizers, [{"scheduler": each, "name": name} for each, name in named]
+
+    expected = learning_rates(MatricesApart(averaging=False), tmp_path / "bare")
+    assert learning_rates(Named(), tmp_path / "averaging") == expected
+
+
 def test_the_sanity_check_sees_the_weights() -> None:
     class Continued(Module):
         def configure_optimizers(self) -> Any:
@@ -452,7 +387,7 @@ def test_a_new_trainer_evaluates_the_averages_of_a_checkpoint(
     trainer.validate(module, range(1), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert same(module.seen[-1], averages_in(tmp_path / "epoch=0.ckpt"))
     assert same(module.parameters(), weights_in(tmp_path / "epoch=0.ckpt"))
-    averaging_optimizers(trainer)[0].update_averages()
+    train(module.net, averaging_optimizers(trainer)[0], 1)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
