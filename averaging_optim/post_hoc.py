@@ -118,13 +118,13 @@ def window(
         >>> window([saved[1], saved[3]], model, optimizer)
         {'weight': tensor([[3.5000]])}
 
-    During training, keep `SWA`. If A₁ and A₂ are its averages after t₁ and t₂ updates, the mean
-    of the updates after t₁, up to t₂, is
+    During training, keep `SWA`. Let A₁ and A₂ be its averages after t₁ and t₂ updates. Then the
+    weights of the updates after t₁, up to t₂, have
 
-        (t₂ · A₂ − t₁ · A₁) / (t₂ − t₁)
+        mean = (t₂ · A₂ − t₁ · A₁) / (t₂ − t₁)
 
-    Rounding errors of A are multiplied by t₂ / (t₂ − t₁). For a window that is short compared with
-    t₂, keep the average in float64 (`dtype=torch.float64`).
+    Rounding errors of A₁ and A₂ are multiplied by t₂ / (t₂ − t₁). If the window is short compared
+    with t₂, keep the average in float64 (`dtype=torch.float64`).
 
     Args:
         checkpoints: two of one run, the earlier one first. See `reconstruct`.
@@ -193,6 +193,21 @@ def fit(
     checkpoints: Sequence[AnyCheckpoint], sigma_rel: float, optimizer: AveragingOptimizer
 ) -> Fit:
     """Return the sum that `reconstruct` uses for this width, and how close it comes.
+
+    Example:
+        >>> import copy, torch
+        >>> from averaging_optim import AveragingOptimizer, PowerEMA
+        >>> from averaging_optim.post_hoc import fit
+        >>> widths = {"narrow": PowerEMA.from_width(0.05), "wide": PowerEMA.from_width(0.1)}
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+        >>> optimizer = AveragingOptimizer(sgd, widths)
+        >>> checkpoints = []
+        >>> for update in range(1, 161):
+        ...     optimizer.update_averages()
+        ...     if update % 10 == 0:
+        ...         checkpoints.append(copy.deepcopy(optimizer.state_dict()))
+        >>> round(fit(checkpoints, 0.15, optimizer).residual, 3)
+        0.009
 
     In an average of n updates, update t has the share
 
