@@ -29,7 +29,10 @@ exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"  # its default has no tables
 myst_enable_extensions = ["dollarmath"]  # as GitHub has it
-myst_heading_anchors = 2  # as GitHub has them
+myst_heading_anchors = 3  # as GitHub has them
+
+# On a phone, long formulas are broken into lines.
+mathjax4_config = {"output": {"displayOverflow": "linebreak"}}
 
 # In the docstrings `x` is code, and a link if there is something of that name.
 default_role = "py:obj"
