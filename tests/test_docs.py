@@ -13,12 +13,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+import averaging_optim
+from averaging_optim import post_hoc
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 FOUND = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "how-to").glob("*.md")]
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in sorted(FOUND)}
 GETTING_STARTED = "docs/getting-started.md"
 DISTRIBUTED = "docs/how-to/distributed.md"
+REFERENCE = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.rst"))
 # Needs what other libraries have saved: see test_migration.py.
 MIGRATION = "docs/how-to/migration.md"
 
@@ -113,6 +117,12 @@ def test_the_first_program_fits_the_first_screen() -> None:
 def test_everything_the_readme_links_to_is_there() -> None:
     links = set(re.findall(r"\]\(([^)#:]+)\)", README))
     assert {link for link in links if not (ROOT / link).exists()} == set()
+
+
+@pytest.mark.parametrize("name", [*averaging_optim.__all__, *post_hoc.__all__])
+def test_the_reference_lists_and_describes_what_is_public(name: str) -> None:
+    assert re.search(rf"^   {name}$", REFERENCE, re.MULTILINE)
+    assert re.search(rf"^\.\. auto\w+:: (\S+\.)?{name}$", REFERENCE, re.MULTILINE)
 
 
 def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path: Path) -> None:
