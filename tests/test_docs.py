@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 import averaging_optim
-from averaging_optim import post_hoc
+from averaging_optim import post_hoc, testing
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -119,7 +119,7 @@ def test_everything_the_readme_links_to_is_there() -> None:
     assert {link for link in links if not (ROOT / link).exists()} == set()
 
 
-@pytest.mark.parametrize("name", [*averaging_optim.__all__, *post_hoc.__all__])
+@pytest.mark.parametrize("name", [*averaging_optim.__all__, *post_hoc.__all__, *testing.__all__])
 def test_the_reference_lists_and_describes_what_is_public(name: str) -> None:
     assert re.search(rf"^   {name}$", REFERENCE, re.MULTILINE)
     assert re.search(rf"^\.\. auto\w+:: (\S+\.)?{name}$", REFERENCE, re.MULTILINE)
