@@ -7,8 +7,8 @@ OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyprojec
 UNTRACED := tests/test_optim_db.py tests/test_life.py tests/test_long_life.py
 UNTRACED += tests/test_notebooks.py tests/test_third_party.py tests/test_interrupts.py
 
-.PHONY: bench demo docs notebooks random-labels test soak test-optimizers test-oldest test-newest
-.PHONY: clean
+.PHONY: bench demo docs notebooks random-labels test soak test-clients test-optimizers test-oldest
+.PHONY: test-newest clean
 
 demo: .venv/ready
 	$(BIN)/python examples/digits.py --picture examples/digits.png
@@ -44,6 +44,10 @@ soak: .venv/ready
 test-optimizers: .venv-optimizers/ready
 	.venv-optimizers/bin/pytest --quiet -rN tests/test_third_party.py --all-optimizers
 
+# Twenty libraries that train, each driven as its users do, with a plain optimizer and a wrapped one.
+test-clients: .venv-clients/ready
+	OMP_NUM_THREADS=1 .venv-clients/bin/pytest tests/clients
+
 # The oldest torch that is declared and the newest there is, with whatever versions pip takes.
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/pytest
@@ -62,6 +66,14 @@ test-newest: .venv-newest/ready
 	$(PYTHON) -m venv .venv-optimizers
 	.venv-optimizers/bin/pip install --quiet --constraint constraints.txt --editable '.[optimizers,test]'
 	.venv-optimizers/bin/pip install --quiet --constraint constraints.txt --no-deps timm
+	touch $@
+
+# fastai needs torchvision and spaCy, but not for tables.
+.venv-clients/ready: pyproject.toml constraints.txt constraints-clients.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install --quiet --constraint constraints.txt \
+		--constraint constraints-clients.txt --editable '.[clients,test]'
+	.venv-clients/bin/pip install --quiet --no-deps --constraint constraints-clients.txt fastai
 	touch $@
 
 .venv-oldest/ready: pyproject.toml

@@ -1,0 +1,106 @@
+"""What must be the same when a library trains with a plain optimizer and with a wrapped one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from training import everything, recurrence, same, values
+
+from averaging_optim import EMA, AveragingOptimizer
+
+RULE = EMA(0.9)
+T = TypeVar("T")
+
+
+@dataclass
+class Run:
+    """What is left when a library has trained.
+
+    Attributes:
+        model: what it has trained.
+        optimizer: where a user finds it afterwards.
+        evaluate: what the library makes of the present weights.
+    """
+
+    model: Any
+    optimizer: Any
+    evaluate: Callable[[], Tensor]
+
+
+Wrap = Callable[[Any], Any]
+
+
+def wrapped(optimizer: Optimizer) -> AveragingOptimizer:
+    return AveragingOptimizer(optimizer, RULE)
+
+
+def seeded(train: Callable[..., T], *arguments: Any) -> T:
+    """Train with the random numbers of a new process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return train(*arguments)
+
+
+def check_driven(train: Callable[[Wrap], Run], steps: int) -> None:
+    """Check a run with an optimizer that is wrapped against one in which it isn't.
+
+    The weights are the same, bit for bit, each step counts, the average is that of the
+    weights after each step of the plain run, a swap shows it to the library, and is undone.
+
+    Args:
+        train: trains from the start, with what the function it is given makes of the optimizer.
+        steps: how many it takes.
+    """
+    snapshots: list[list[Tensor]] = []
+    plain = seeded(train, lambda optimizer: recording(optimizer, snapshots))
+    run = seeded(train, wrapped)
+    assert isinstance(run.optimizer, AveragingOptimizer)
+    assert same(run.model.state_dict().values(), plain.model.state_dict().values())
+    assert (len(snapshots), run.optimizer.n_averaged()) == (steps, steps)
+
+    average, trained = recurrence(RULE, snapshots), values(run.model.parameters())
+    with run.optimizer.swap_to_averaged():
+        assert same(weights_of(run.optimizer), average)
+        found = run.evaluate()
+    assert same(run.model.parameters(), trained)
+
+    before = plain.evaluate()
+    assert torch.equal(run.evaluate(), before)
+    overwrite(weights_of(plain.optimizer), average)
+    assert torch.equal(found, plain.evaluate())
+    assert not torch.equal(found, before)
+
+
+def recording(optimizer: Optimizer, snapshots: list[list[Tensor]]) -> Optimizer:
+    """Have the weights after each step appended to `snapshots`."""
+    optimizer.register_step_post_hook(lambda *_: snapshots.append(values(weights_of(optimizer))))
+    return optimizer
+
+
+def check_resumed(resumed: Run, whole: Run) -> None:
+    """Check a run that was saved and resumed against one that wasn't interrupted."""
+    assert whole.optimizer.n_averaged() > 1
+    assert resumed.optimizer.n_averaged() == whole.optimizer.n_averaged()
+    assert same(
+        everything(resumed.model, resumed.optimizer), everything(whole.model, whole.optimizer)
+    )
+
+
+def weights_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return what it trains, without what is frozen."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    return [weight for weight in weights if weight.requires_grad]
+
+
+@torch.no_grad()
+def overwrite(weights: list[Tensor], others: list[Tensor]) -> None:
+    for weight, other in zip(weights, others, strict=True):
+        weight.copy_(other)
