@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import doctest
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from pages import OF_CLIENTS, PAGES, ROOT, blocks, broken_promises, run
 
 import averaging_optim
 from averaging_optim import post_hoc, testing
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-FOUND = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "how-to").glob("*.md")]
-PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in sorted(FOUND)}
 GETTING_STARTED = "docs/getting-started.md"
 DISTRIBUTED = "docs/how-to/distributed.md"
 REFERENCE = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.rst"))
 # Needs what other libraries have saved: see test_migration.py.
 MIGRATION = "docs/how-to/migration.md"
-
-
-def blocks(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-OF_THEIR_OWN = {GETTING_STARTED, DISTRIBUTED, MIGRATION}
+OF_THEIR_OWN = {GETTING_STARTED, DISTRIBUTED, MIGRATION, *OF_CLIENTS}
 OTHERS = [page for page in PAGES if blocks(PAGES[page]) and page not in OF_THEIR_OWN]
 
 pytestmark = [
@@ -44,13 +34,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def run(text: str, page: str) -> None:
-    torch.manual_seed(0)
-    namespace: dict[str, Any] = {}
-    for block in blocks(text):
-        exec(compile(block, page, "exec"), namespace)
 
 
 def test_the_code_of_the_readme_runs_from_top_to_bottom(
@@ -73,13 +56,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom_and_prints_what_it_says(
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     run(PAGES[page], page)
-    printed = iter(capsys.readouterr().out.splitlines())
-    for promised in re.findall(r"print\(.*\)  # prints (.*)$", PAGES[page], re.MULTILINE):
-        assert any(matches(promised, line) for line in printed), promised
-
-
-def matches(promised: str, line: str) -> bool:
-    return doctest.OutputChecker().check_output(f"{promised}\n", f"{line}\n", doctest.ELLIPSIS)
+    assert broken_promises(PAGES[page], capsys.readouterr().out) == []
 
 
 def test_the_average_lags_at_first_and_is_better_in_the_end_as_shown_to_those_getting_started(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,7 +35,10 @@ class Run:
     evaluate: Callable[[], Tensor]
 
 
+# What makes an optimizer of the one that a library would train with.
 Wrap = Callable[[Any], Any]
+# Weight → its values after each step.
+History = defaultdict[Tensor, list[Tensor]]
 
 
 def wrapped(optimizer: Optimizer) -> AveragingOptimizer:
@@ -59,30 +63,43 @@ def check_driven(train: Callable[[Wrap], Run], steps: int) -> None:
         train: trains from the start, with what the function it is given makes of the optimizer.
         steps: how many it takes.
     """
-    snapshots: list[list[Tensor]] = []
-    plain = seeded(train, lambda optimizer: recording(optimizer, snapshots))
+    history: History = defaultdict(list)
+    plain = seeded(train, lambda optimizer: recording(optimizer, history))
     run = seeded(train, wrapped)
     assert isinstance(run.optimizer, AveragingOptimizer)
     assert same(run.model.state_dict().values(), plain.model.state_dict().values())
-    assert (len(snapshots), run.optimizer.n_averaged()) == (steps, steps)
+    assert max(map(len, history.values())) == run.optimizer.n_averaged() == steps
 
-    average, trained = recurrence(RULE, snapshots), values(run.model.parameters())
+    averages = [average(weight, history) for weight in weights_of(plain.optimizer)]
+    trained = values(run.model.parameters())
     with run.optimizer.swap_to_averaged():
-        assert same(weights_of(run.optimizer), average)
+        assert same(weights_of(run.optimizer), averages)
         found = run.evaluate()
     assert same(run.model.parameters(), trained)
 
     before = plain.evaluate()
     assert torch.equal(run.evaluate(), before)
-    overwrite(weights_of(plain.optimizer), average)
+    overwrite(weights_of(plain.optimizer), averages)
     assert torch.equal(found, plain.evaluate())
     assert not torch.equal(found, before)
 
 
-def recording(optimizer: Optimizer, snapshots: list[list[Tensor]]) -> Optimizer:
-    """Have the weights after each step appended to `snapshots`."""
-    optimizer.register_step_post_hook(lambda *_: snapshots.append(values(weights_of(optimizer))))
+def recording(optimizer: Optimizer, history: History) -> Optimizer:
+    """Have each weight's value after each step in which it isn't frozen appended to `history`."""
+
+    def record(*_: Any) -> None:
+        for weight in weights_of(optimizer):
+            if weight.requires_grad:
+                history[weight].append(weight.detach().clone())
+
+    optimizer.register_step_post_hook(record)
     return optimizer
+
+
+def average(weight: Tensor, history: History) -> Tensor:
+    """Return the average of a weight's past values, or a weight that was never trained."""
+    past = [[value] for value in history.get(weight, [weight])]
+    return recurrence(RULE, past)[0].detach().clone()
 
 
 def check_resumed(resumed: Run, whole: Run) -> None:
@@ -95,9 +112,7 @@ def check_resumed(resumed: Run, whole: Run) -> None:
 
 
 def weights_of(optimizer: Optimizer) -> list[Tensor]:
-    """Return what it trains, without what is frozen."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    return [weight for weight in weights if weight.requires_grad]
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 @torch.no_grad()

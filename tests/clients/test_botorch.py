@@ -9,7 +9,7 @@ from botorch.models import SingleTaskGP
 from botorch.optim.fit import fit_gpytorch_mll_torch
 from gpytorch.mlls import ExactMarginalLogLikelihood
 
-from clients.driven import Run, Wrap, check_driven
+from clients.driven import Run, Wrap, check_driven, wrapped
 
 X = torch.linspace(0, 1, 12, dtype=torch.double)[:, None]
 Y = (6 * X).sin()
@@ -31,3 +31,25 @@ def train(wrap: Wrap) -> Run:
 
 def test_a_process_is_fitted_as_without_the_wrapper() -> None:
     check_driven(train, steps=10)
+
+
+def averaged_noise(*, is_clamped_in_a_post_hook: bool) -> float:
+    """Return the average of a noise that BoTorch keeps to 0.05, where it would grow."""
+    model: Any = SingleTaskGP(X, Y)
+    noise = model.likelihood.noise_covar.raw_noise
+    adam = torch.optim.Adam(model.parameters(), lr=0.05)
+    if is_clamped_in_a_post_hook:
+        adam.register_step_post_hook(lambda *_: noise.data.clamp_(1e-4, 0.05))
+    optimizer = wrapped(adam)
+    likelihood = ExactMarginalLogLikelihood(model.likelihood, model)
+    bounds: Any = {"likelihood.noise_covar.raw_noise": (1e-4, 0.05)}
+    fit_gpytorch_mll_torch(likelihood, bounds=bounds, optimizer=optimizer, step_limit=10)
+    assert noise.item() == 0.05
+    with optimizer.swap_to_averaged():
+        return float(noise)
+
+
+def test_a_bound_binds_the_average_too_if_a_post_hook_sets_it() -> None:
+    assert averaged_noise(is_clamped_in_a_post_hook=True) <= 0.05
+    # BoTorch sets it after the step, and so after the average.
+    assert averaged_noise(is_clamped_in_a_post_hook=False) > 0.05

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from fastai.tabular.all import DataLoader, DataLoaders, Learner, OptimWrapper
+from fastai.tabular.all import (
+    DataLoader,
+    DataLoaders,
+    GradientAccumulation,
+    GradientClip,
+    Learner,
+    OptimWrapper,
+    params,
+)
 from torch import nn
 
 from clients.data import INPUTS, TARGETS
@@ -18,13 +28,20 @@ def learner(wrap: Wrap, folder: Path | None = None) -> Any:
     def adamw(parameters: Any, **arguments: Any) -> Any:
         return wrap(torch.optim.AdamW(parameters, **arguments))
 
+    def body_and_head(model: Any) -> list[Any]:
+        return [params(model[:3]), params(model[3:])]
+
     data = list(zip(INPUTS, TARGETS, strict=True))
-    loaders = DataLoaders(DataLoader(data, bs=16), DataLoader(data[:16], bs=16))
-    model = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
     learn = Learner(
-        loaders, model, nn.functional.cross_entropy, partial(OptimWrapper, opt=adamw), path=folder
+        DataLoaders(DataLoader(data, bs=16), DataLoader(data[:16], bs=16)),
+        nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)),
+        nn.functional.cross_entropy,
+        partial(OptimWrapper, opt=adamw),
+        splitter=body_and_head,
+        path=folder,
     )
-    learn.remove_cbs([learn.progress, learn.recorder])
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda *_: None
     return learn
 
 
@@ -32,21 +49,45 @@ def run_of(learn: Any) -> Run:
     return Run(learn.model, learn.opt.opt, lambda: learn.get_preds()[0])
 
 
-def train(wrap: Wrap) -> Run:
-    learn = learner(wrap)
+def fit_one_cycle(learn: Any) -> None:
     learn.fit_one_cycle(2, 0.01)
-    return run_of(learn)
 
 
-def test_one_cycle_trains_as_without_the_wrapper() -> None:
+def fine_tune(learn: Any) -> None:
+    learn.fine_tune(1, 0.01)
+
+
+def accumulate(learn: Any) -> None:
+    learn.fit(4, 0.01, cbs=[GradientAccumulation(32), GradientClip(0.1)])
+
+
+@pytest.mark.parametrize("fit", [fit_one_cycle, fine_tune, accumulate])
+def test_a_learner_trains_as_without_the_wrapper(fit: Callable[[Any], None]) -> None:
+    def train(wrap: Wrap) -> Run:
+        learn = learner(wrap)
+        fit(learn)
+        return run_of(learn)
+
     check_driven(train, steps=8)
+
+
+def test_finding_a_learning_rate_leaves_nothing_in_the_average(tmp_path: Path) -> None:
+    def trained(learn: Any) -> Run:
+        fit_one_cycle(learn)
+        return run_of(learn)
+
+    def found() -> Any:
+        learn = learner(wrapped, tmp_path)
+        learn.lr_find(num_it=5, show_plot=False)
+        return learn
+
+    check_resumed(seeded(lambda: trained(found())), seeded(lambda: trained(learner(wrapped))))
 
 
 def test_a_learner_resumes_from_what_it_has_saved(tmp_path: Path) -> None:
     def whole() -> Run:
         learn = learner(wrapped)
         learn.fit(1, 0.01)
-        torch.manual_seed(1)
         learn.fit(1, 0.01)
         return run_of(learn)
 
@@ -55,7 +96,6 @@ def test_a_learner_resumes_from_what_it_has_saved(tmp_path: Path) -> None:
         first.fit(1, 0.01)
         first.save("half")
         second = learner(wrapped, tmp_path).load("half")
-        torch.manual_seed(1)
         second.fit(1, 0.01)
         return run_of(second)
 
