@@ -102,6 +102,13 @@ def test_the_reference_lists_and_describes_what_is_public(name: str) -> None:
     assert re.search(rf"^\.\. auto\w+:: (\S+\.)?{name}$", REFERENCE, re.MULTILINE)
 
 
+def test_each_test_of_a_library_has_a_row_in_the_table_of_what_works() -> None:
+    linked = set(re.findall(r"\]\(\.\./(tests/[^)#]+)\)", PAGES["docs/works-with.md"]))
+    assert {link for link in linked if not (ROOT / link).exists()} == set()
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "tests/clients").glob("test_*.py")}
+    assert found - linked == {"tests/clients/test_pages.py"}
+
+
 def test_the_demo_prints_its_table_and_draws_its_picture(tmp_path: Path) -> None:
     picture = tmp_path / "digits.png"
     demo = str(ROOT / "examples" / "digits.py")

@@ -8,16 +8,38 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
-from mmengine.runner import Runner
+from mmengine.runner import Runner, ValLoop
 from torch import Tensor, nn
+from training import same
 
 from clients.data import INPUTS, TARGETS
 from clients.driven import Run, Wrap, check_driven, check_resumed, seeded, wrapped
 
 # MMEngine wants a name of its own for each runner of a process.
 NUMBERS = count()
+LOADER = {
+    "batch_size": 16,
+    "dataset": list(zip(INPUTS, TARGETS, strict=True)),
+    "sampler": {"type": "DefaultSampler", "shuffle": True},
+    "collate_fn": {"type": "default_collate"},
+}
+
+
+class Loss(BaseMetric):
+    def process(self, batch: Any, losses: Any) -> None:
+        self.results += losses
+
+    def compute_metrics(self, losses: Any) -> Any:
+        return {"loss": float(sum(losses) / len(losses))}
+
+
+class AveragedValLoop(ValLoop):
+    def run(self) -> Any:
+        with self.runner.optim_wrapper.optimizer.swap_to_averaged():
+            return super().run()
 
 
 class Classifier(BaseModel):
@@ -29,6 +51,8 @@ class Classifier(BaseModel):
         logits = self.layers(images)
         if mode == "loss":
             return {"loss": nn.functional.cross_entropy(logits, labels)}
+        if mode == "predict":
+            return [nn.functional.cross_entropy(logits, labels)]
         return logits
 
 
@@ -38,12 +62,7 @@ def runner(wrap: Wrap, folder: Path, epochs: int = 2, **arguments: Any) -> Any:
     return Runner(
         model,
         str(folder),
-        train_dataloader={
-            "batch_size": 16,
-            "dataset": list(zip(INPUTS, TARGETS, strict=True)),
-            "sampler": {"type": "DefaultSampler", "shuffle": True},
-            "collate_fn": {"type": "default_collate"},
-        },
+        train_dataloader=LOADER,
         train_cfg={"by_epoch": True, "max_epochs": epochs},
         optim_wrapper=OptimWrapper(optimizer, clip_grad={"max_norm": 1.0}),
         randomness={"seed": 0},
@@ -77,3 +96,19 @@ def test_a_runner_resumes_from_its_last_checkpoint(
 
     whole = seeded(lambda: finished(runner(wrapped, tmp_path / "whole")))
     check_resumed(seeded(halves), whole)
+
+
+def test_the_best_checkpoint_of_an_averaged_validation_has_the_average(tmp_path: Path) -> None:
+    run = finished(
+        runner(
+            wrapped,
+            tmp_path,
+            val_dataloader=LOADER,
+            val_cfg={"type": AveragedValLoop},
+            val_evaluator=[Loss()],
+            default_hooks={"checkpoint": {"type": "CheckpointHook", "save_best": "loss"}},
+        )
+    )
+    best = torch.load(next(tmp_path.glob("best_*2.pth")), weights_only=False)
+    with run.optimizer.swap_to_averaged():
+        assert same(best["state_dict"].values(), run.model.state_dict().values())
