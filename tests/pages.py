@@ -13,8 +13,11 @@ ROOT = Path(__file__).parent.parent
 _FOUND = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "how-to").glob("*.md")]
 PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in sorted(_FOUND)}
 
-# Of libraries that only the clients' environment has: see tests/clients/test_pages.py.
-OF_CLIENTS = {f"docs/how-to/{name}.md" for name in ("fastai", "ignite", "keras", "mmengine")}
+# Of libraries that only the clients' environment has: see tests/clients/test_pages.py, and
+# test_deepspeed.py for the one that needs several processes.
+DEEPSPEED = "docs/how-to/deepspeed.md"
+OF_ONE_PROCESS = {f"docs/how-to/{name}.md" for name in ("fastai", "ignite", "keras", "mmengine")}
+OF_CLIENTS = {DEEPSPEED, *OF_ONE_PROCESS}
 
 
 def blocks(text: str) -> list[str]:

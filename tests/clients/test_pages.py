@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pages import OF_CLIENTS, PAGES, broken_promises, run
+from pages import OF_ONE_PROCESS, PAGES, broken_promises, run
 
 
-@pytest.mark.parametrize("page", sorted(OF_CLIENTS))
+@pytest.mark.parametrize("page", sorted(OF_ONE_PROCESS))
 def test_the_code_of_a_page_runs_from_top_to_bottom_and_prints_what_it_says(
     page: str,
     tmp_path: Path,
