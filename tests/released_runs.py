@@ -26,6 +26,7 @@ from averaging_optim import (
     SWA,
     T_ADEMA,
     AveragingOptimizer,
+    ExponentialRamp,
     Formula,
     HalfLifeFraction,
     Lookahead,
@@ -91,8 +92,11 @@ def with_a_frozen_bias(model: nn.Module) -> Optimizer:
 class Run:
     """A training run, from how it is made to how many steps it had taken when it was saved.
 
+    names_buffers: whether averaged buffers are given, and saved, by name.
+    trains_bias: whether the bias has gradients.
     by_hand: the rule, if any, that is updated by `update_averages` after every third step.
     diverges: whether every fourth step leaves a NaN in a buffer.
+    since: the release that made this run possible.
     """
 
     rule: Rule | Callable[[int], float] | Mapping[str, Rule | Callable[[int], float]]
@@ -100,18 +104,22 @@ class Run:
     dtype: torch.dtype = torch.float32
     dtype_of_averages: torch.dtype | None = None
     averages_buffers: bool = False
+    names_buffers: bool = False
+    trains_bias: bool = True
     by_hand: str | None = None
     diverges: bool = False
     steps: int = 6
+    since: str = "0.1.0"
 
     def begin(self, *, sharded: bool = False) -> tuple[nn.Module, AveragingOptimizer]:
         model = model_of(self.dtype, has_buffers=self.averages_buffers)
         if sharded:
             fully_shard(model)
+        buffers = model if self.names_buffers else model.buffers()
         optimizer = AveragingOptimizer(
             self.inner(model),
             self.rule,
-            buffers=model.buffers() if self.averages_buffers else (),
+            buffers=buffers if self.averages_buffers else (),
             dtype=self.dtype_of_averages,
             skip_nonfinite=self.diverges,
         )
@@ -122,6 +130,8 @@ class Run:
     ) -> None:
         for step in range(first, first + steps):
             set_gradients(model, step)
+            if not self.trains_bias:
+                model.get_parameter("bias").grad = None
             if self.averages_buffers:
                 set_buffers(model, step, is_finite=not (self.diverges and step % 4 == 3))
             optimizer.step()
@@ -176,6 +186,14 @@ RUNS = {
     "nonfinite_skipped": Run(EMA(0.75), averages_buffers=True, diverges=True),
     "before_the_first_average": Run(SWA(start=7)),
     "before_the_first_step": Run(EMA(0.75), inner=adam, steps=0),
+    "exponential_ramp": Run(ExponentialRamp(0.75, tau=3), since="0.2.0"),
+    "buffers_by_name": Run(
+        {"ema": EMA(0.75), "swa": SWA(every=2)},
+        averages_buffers=True,
+        names_buffers=True,
+        since="0.2.0",
+    ),
+    "bias_without_gradient": Run(EMA(0.75), inner=adam, trains_bias=False, since="0.2.0"),
 }
 SHARDED_RUN = Run({"ema": EMA(0.75), "last": LAWA(k=2, every=3)})
 
