@@ -1,4 +1,4 @@
-"""How many examples Hypothesis tries, and what tests of several files are given."""
+"""How many examples Hypothesis tries, threads torch takes, and what tests of several files get."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from hypothesis import settings
 from tally import table
@@ -17,6 +18,8 @@ importlib.import_module("torch.testing._internal.common_utils")
 settings.register_profile("default", max_examples=200, derandomize=True, deadline=None)
 settings.register_profile("soak", max_examples=20_000, derandomize=False, deadline=None)
 settings.load_profile("default")
+# On a busy machine the threads of a small model wait for each other far longer than they compute.
+torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
