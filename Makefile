@@ -7,16 +7,25 @@ OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyprojec
 UNTRACED := tests/test_optim_db.py tests/test_life.py tests/test_long_life.py
 UNTRACED += tests/test_notebooks.py tests/test_third_party.py tests/test_interrupts.py
 
-.PHONY: bench demo docs notebooks random-labels test soak test-clients test-optimizers test-oldest
-.PHONY: test-newest clean
+# What reads files of the repository or starts Python, so that a file left out of what is uploaded is
+# missed. The other tests see the same modules as `make test` does.
+PACKAGED := tests/test_docs.py tests/test_migration.py tests/test_package.py tests/test_release.py
+PACKAGED += tests/test_released_checkpoints.py tests/test_typing.py tests/test_merging.py
+PACKAGED += tests/test_killed.py tests/test_parallel.py
 
-demo: .venv/ready
+CHECK_SCHEMA := .venv-package/bin/check-jsonschema --builtin-schema
+
+.PHONY: bench demo docs notebooks random-labels test soak test-clients test-optimizers test-oldest
+.PHONY: test-newest package release clean
+
+demo: .venv/demo
+	@echo "Running examples/digits.py: a minute if a core is idle, several if all are busy."
 	$(BIN)/python examples/digits.py --picture examples/digits.png
 
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy averaging_optim tests examples notebooks benchmarks docs/conf.py
+	$(BIN)/mypy averaging_optim tests examples notebooks benchmarks docs/conf.py release.py
 	$(BIN)/pytest --cov $(UNTRACED:%=--ignore %)
 	$(BIN)/pytest $(UNTRACED)
 
@@ -55,11 +64,53 @@ test-oldest: .venv-oldest/ready
 test-newest: .venv-newest/ready
 	.venv-newest/bin/pytest
 
-# timm needs torchvision, but the one file of it that averages does not.
-.venv/ready: pyproject.toml constraints.txt
+# Builds what is uploaded, checks it, and runs tests of the unpacked sdist with the installed wheel.
+package: .venv-package/ready
+	rm -rf dist .venv-wheel
+	.venv-package/bin/python -m build
+	.venv-package/bin/twine check --strict dist/*
+	.venv-package/bin/check-wheel-contents dist/*.whl
+	$(CHECK_SCHEMA) vendor.citation-file-format CITATION.cff
+	$(CHECK_SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(CHECK_SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(CHECK_SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install --quiet --constraint constraints.txt \
+		"$$(echo dist/*.whl)[demo,notebooks,test]"
+	.venv-wheel/bin/pip install --quiet --constraint constraints.txt --no-deps timm
+	mkdir .venv-wheel/sdist
+	tar --extract --gzip --file dist/*.tar.gz --directory .venv-wheel/sdist --strip-components 1
+	rm -r .venv-wheel/sdist/averaging_optim # or Python would find it before the installed one
+	cd .venv-wheel/sdist && ../bin/pytest --pyargs averaging_optim $(PACKAGED)
+
+# Sets the version, commits, checks what is committed, and tags it. Pushes and uploads nothing.
+release: .venv/ready
+	$(BIN)/python release.py $(VERSION)
+	$(BIN)/python tests/write_checkpoints.py tests/data/$(VERSION)
+	git add tests/data/$(VERSION)
+	git commit --quiet --all --message "Release $(VERSION)"
+	$(MAKE) test docs package
+	git tag --annotate v$(VERSION) --message "averaging_optim $(VERSION)"
+	@echo "v$(VERSION) is tagged and in dist. Look at it, then publish it:"
+	@echo "    git push --follow-tags && .venv-package/bin/twine upload dist/*"
+
+.venv/demo: pyproject.toml constraints.txt
+	@echo "Installing torch and what the demo needs into .venv: MINUTES the first time."
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --progress-bar on --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+# timm needs torchvision, but the one file of it that averages does not.
+.venv/ready: .venv/demo
+	@echo "Installing what tests, pages and notebooks need into .venv: MINUTES the first time."
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,docs,notebooks,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
+	touch $@
+
+.venv-package/ready: constraints.txt
+	$(PYTHON) -m venv .venv-package
+	.venv-package/bin/pip install --quiet --constraint constraints.txt \
+		build check-jsonschema check-wheel-contents twine
 	touch $@
 
 .venv-optimizers/ready: pyproject.toml constraints.txt
@@ -89,4 +140,4 @@ test-newest: .venv-newest/ready
 	touch $@
 
 clean:
-	rm -rf .venv* .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build
+	rm -rf .venv* .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache docs/_build dist
