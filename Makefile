@@ -53,7 +53,7 @@ soak: .venv/ready
 test-optimizers: .venv-optimizers/ready
 	.venv-optimizers/bin/pytest --quiet -rN tests/test_third_party.py --all-optimizers
 
-# Eighteen libraries that train, each driven as its users do, with a plain optimizer and a wrapped one.
+# Twenty libraries that train, each driven as its users do, with a plain optimizer and a wrapped one.
 test-clients: .venv-clients/ready
 	OMP_NUM_THREADS=1 .venv-clients/bin/pytest tests/clients
 
@@ -95,14 +95,14 @@ release: .venv/ready
 	@echo "    git push --follow-tags && .venv-package/bin/twine upload dist/*"
 
 .venv/demo: pyproject.toml constraints.txt
-	@echo "Installing torch and what the demo needs into .venv: MINUTES the first time."
+	@echo "Installing torch and what the demo needs into .venv: one to five minutes, once."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --progress-bar on --constraint constraints.txt --editable '.[demo]'
 	touch $@
 
 # timm needs torchvision, but the one file of it that averages does not.
 .venv/ready: .venv/demo
-	@echo "Installing what tests, pages and notebooks need into .venv: MINUTES the first time."
+	@echo "Installing what tests, pages and notebooks need into .venv: three to ten minutes, once."
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench,demo,docs,notebooks,test]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@

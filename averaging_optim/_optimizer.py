@@ -127,6 +127,7 @@ class AveragingOptimizer(Averaged, Optimizer):
 
     _wrapped: Optimizer
     _averages: Averages
+    _own_defaults: dict[str, Any]
 
     def __init__(
         self,
@@ -474,6 +475,23 @@ class AveragingOptimizer(Averaged, Optimizer):
         return f"{type(self).__name__} (\nrules: {self.rules}\n{self._wrapped!r}\n)"
 
     if not TYPE_CHECKING:  # so that mypy knows a mistyped name
+        # Properties, as Python 3.12 and later look for the members of a runtime-checkable protocol,
+        # such as Lightning's for optimizers, without calling `__getattr__`.
+        @property
+        def param_groups(self) -> Any:
+            return self._wrapped.param_groups
+
+        @param_groups.setter
+        def param_groups(self, value: Any) -> None:
+            self._wrapped.param_groups = value
+
+        @property
+        def defaults(self) -> Any:
+            return getattr(self._wrapped, "defaults", self._own_defaults)
+
+        @defaults.setter
+        def defaults(self, value: Any) -> None:
+            self._wrapped.defaults = value
 
         @property
         def state(self) -> Any:
@@ -521,9 +539,8 @@ class AveragingOptimizer(Averaged, Optimizer):
         return {"_wrapped": self._wrapped, "_averages": self._averages}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if not hasattr(self._wrapped, "defaults"):  # which torch asks for next
-            self.__dict__["defaults"] = {}
+        # Of an optimizer that has none, which torch asks for next.
+        self.__dict__.update(state, _own_defaults={})
         super().__setstate__(state)
         self._averages.watch_steps()
         with suppress(TypeError):  # an optimizer that cannot be referred to weakly, or hashed

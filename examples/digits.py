@@ -213,7 +213,7 @@ def main() -> None:
     for name in ("seeds", "epochs"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    # On a busy machine the threads of a small model wait for each other far longer than they compute.
+    # On a busy machine, threads of a small model wait for each other far longer than they compute.
     torch.set_num_threads(1)
     console = Console()
     console.print(

@@ -439,3 +439,10 @@ def test_a_property_of_the_wrapped_optimizer_that_raises_tells_its_own_reason() 
     optimizer.scale = 1.0
     assert optimizer.wrapped.defaults["lr"] == 0.5
     assert optimizer.scale == 1.0
+
+
+@pytest.mark.parametrize("name", ["defaults", "param_groups", "state", "step", "zero_grad"])
+def test_what_an_optimizer_has_is_there_for_who_looks_without_asking(name: str) -> None:
+    """Python 3.12 looks so for the members of a protocol, such as Lightning's of optimizers."""
+    optimizer = averaging_sgd(small_model(), EMA(0.9))
+    assert inspect.getattr_static(optimizer, name, None) is not None

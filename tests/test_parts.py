@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lightning import Module, averages_in, each_epoch, fit, trainer_with
+from lightning_runs import Module, averages_in, each_epoch, fit, trainer_with
 from test_teachers import Adapted
 from test_transformers import DATA, Recording, arguments_for, language_model
 from torch import Tensor, nn
