@@ -53,7 +53,7 @@ soak: .venv/ready
 test-optimizers: .venv-optimizers/ready
 	.venv-optimizers/bin/pytest --quiet -rN tests/test_third_party.py --all-optimizers
 
-# Twenty libraries that train, each driven as its users do, with a plain optimizer and a wrapped one.
+# Nineteen libraries that train, each driven as its users do, with a plain optimizer and a wrapped one.
 test-clients: .venv-clients/ready
 	OMP_NUM_THREADS=1 .venv-clients/bin/pytest tests/clients
 
