@@ -33,7 +33,7 @@ test: .venv/ready
 docs: .venv/ready
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs docs/_build/html
 
-# Every number and picture of the notebooks anew.
+# Makes every number and picture of the notebooks again.
 notebooks: .venv/ready
 	$(BIN)/python notebooks/execute.py
 

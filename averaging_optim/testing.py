@@ -64,13 +64,6 @@ _RESUME_ALIKE = (
 def check_trainer(train: _Train, steps: int = 6) -> str:
     """Run a trainer with and without averages, compare, and say what differs.
 
-    `train(wrap, steps, checkpoint)` is your function. It builds a small model from a fixed seed,
-    hands `wrap(optimizer)` to the trainer as its optimizer, and trains until `steps` steps have
-    been taken since the beginning of the run, resuming from `checkpoint` if there is one. It
-    returns the model that was trained, and a checkpoint in whatever form the trainer saves and
-    resumes. `wrap` returns the optimizer as it is in some runs and an `AveragingOptimizer` in
-    others; a trainer with several optimizers calls it for each.
-
     Example:
         >>> import torch
         >>> from averaging_optim.testing import check_trainer
@@ -100,6 +93,13 @@ def check_trainer(train: _Train, steps: int = 6) -> str:
         ok            Resumed weights train as without averages.
         ok            Resumed averages continue.
         ok            Resuming equals never stopping.
+
+    `train(wrap, steps, checkpoint)` is your function. It builds a small model from a fixed seed,
+    hands `wrap(optimizer)` to the trainer as its optimizer, and trains until `steps` steps have
+    been taken since the beginning of the run, resuming from `checkpoint` if there is one. It
+    returns the model that was trained, and a checkpoint in whatever form the trainer saves and
+    resumes. `wrap` returns the optimizer as it is in some runs and an `AveragingOptimizer` in
+    others; a trainer with several optimizers calls it for each.
 
     Return None as the checkpoint if your trainer has none, and resuming is not compared. If two
     runs without averages differ, as they do without a seed, only averages are compared.

@@ -151,7 +151,7 @@ class Averages(Mapping[str, Average]):
             for each, share in shares.items()
             if each.rule.writes_back(each.n_averaged.value + 1)
         }
-        for average, share in writing.items():  # first, for the others to average what goes on
+        for average, share in writing.items():  # first, so that the others average the result
             self._move(sources, {average: share})
             average.tensors.copy_to(sources)
         if len(writing) < len(shares):
@@ -169,7 +169,7 @@ class Averages(Mapping[str, Average]):
         switching = [
             each for each in averages if each.rule.switches_when_asked and each.n_averaged.value > 0
         ]
-        # First, for the others to average what training goes on with.
+        # First, so that the others average the result.
         for average in switching:
             self.make()
             average.tensors.copy_to(self.sources.moving)
@@ -208,7 +208,7 @@ class Averages(Mapping[str, Average]):
         return True
 
     def note_training(self) -> None:
-        """Note that training begins or goes on, with the parameters that are there now."""
+        """Note that training begins, with the parameters that are there now."""
         if not self.given.has_begun:
             self.given.compare(self._parameters())
             self.given.has_begun = True
@@ -218,7 +218,7 @@ class Averages(Mapping[str, Average]):
         weak = ref(self)
 
         def note(*_: Any) -> None:
-            # Not in a graph, which would be compiled anew whenever what is noted changes.
+            # Not in a graph, which would be compiled again whenever what is noted changes.
             averages = None if torch.compiler.is_compiling() else weak()
             if averages is not None and not averages.is_stepping:
                 averages._past.step = True
@@ -289,7 +289,7 @@ class Averages(Mapping[str, Average]):
         return self[chosen]
 
     def restart(self, average: Average) -> None:
-        """Begin an average anew at the present weights."""
+        """Start an average over at the present weights."""
         self.make()
         average.n_averaged.value = 0
         average.start_afresh()

@@ -148,7 +148,7 @@ class Entry(_View):
             self._entries.drop(self._parameter, key)
 
     def clear(self) -> None:
-        """Remove what the wrapped optimizer keeps; averages go on."""
+        """Remove what the wrapped optimizer keeps; averages continue."""
         self.others.clear()
 
     def __iter__(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Models whose parameters are averages, and what keeps them that as training goes on."""
+"""Models whose parameters are averages, kept so during training."""
 
 from __future__ import annotations
 

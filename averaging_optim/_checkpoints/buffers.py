@@ -28,7 +28,7 @@ class AveragedBuffers:
         """Load averages of buffers. Inverse of `state_dict`.
 
         Raises:
-            ValueError: an entry does not fit; nothing has changed.
+            ValueError: an entry doesn't match. Nothing has changed.
             RuntimeError: inside `swap_to_averaged`.
         """
         averages = self._averages

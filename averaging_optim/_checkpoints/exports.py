@@ -47,7 +47,7 @@ def read_exported(
     """Return weight or buffer → its value in a state dict of the model, and what did not fit.
 
     Raises:
-        ValueError: an entry does not fit, or the model has not all of the weights.
+        ValueError: an entry doesn't match, or the model doesn't have all weights.
     """
     present = plain_keys(model, model.state_dict(keep_vars=True))
     state_dict = _under_keys(present, checked_mapping("state_dict", state_dict))

@@ -1,4 +1,4 @@
-"""State dicts read. What does not fit is refused, and nothing given is changed."""
+"""State dicts read: what doesn't match raises, and nothing is modified."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read_checkpoint(
             go with.
 
     Raises:
-        ValueError: an entry does not fit; the message names it.
+        ValueError: an entry doesn't match. The message names it.
     """
     state_dict = checked_mapping("state_dict", state_dict)
     if BESIDE in state_dict:

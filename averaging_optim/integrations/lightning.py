@@ -28,42 +28,7 @@ _KEY: Final = "averaging_optim"
 
 
 class EvaluateAveraged(Callback):
-    """Validate, test and predict under the average of every AveragingOptimizer.
-
-    The training weights are back before checkpoints are written, in the hooks that end an
-    evaluation, and when it raises. The sanity check before training sees them too.
-
-    After `fit`, the same trainer evaluates the last averages, or those of the checkpoint
-    given as `ckpt_path`, which may be "best". Lightning takes "best" if no model is passed.
-    A new trainer has averages from a `ckpt_path` only, and calls `configure_optimizers` to
-    load them. Without any, it warns and evaluates the weights as they are.
-
-    With `names`, each validation and test passes over the data once for each name, and last
-    with the training weights. "val_loss" is of the training weights, "val_loss/ema" of the
-    average "ema". Every pass draws the same random numbers, and training continues as after a
-    single one.
-
-    With `save="averaged"`, `load_from_checkpoint` returns the averaged model. A checkpoint of
-    weights alone (`save_weights_only`) holds the average alone. A full one also holds the
-    training weights, in `checkpoint["averaging_optim"]["training_state_dict"]`: resume with
-    this callback, whatever its `save`, and training continues from them. Without the callback
-    it continues from the average, and Lightning warns that EvaluateAveraged is missing.
-
-    Args:
-        name: which average; may be left out if each optimizer has only one. With `names`, the
-            average to predict with and to save.
-        names: which averages to validate and test, each with metrics of its own.
-        save: "training" or "averaged", which weights the `state_dict` of a checkpoint holds,
-            also if it is written during an evaluation. Until the average's first update, they
-            are the same.
-
-    Raises:
-        ValueError: from `fit`, an optimizer has no average of a name, or several and no name;
-            the model has parameters that are trained and neither averaged nor left out by
-            `average=False` or `exclude`; `save="averaged"` is used with a strategy that reads
-            and writes checkpoints itself (FSDP, ModelParallel, DeepSpeed); or it or `names` is
-            used beside Lightning's WeightAveraging. From an evaluation, `ckpt_path` holds
-            neither optimizer states nor the average.
+    """Validate, test and predict with the averages of every AveragingOptimizer.
 
     Example:
         >>> import torch
@@ -88,6 +53,39 @@ class EvaluateAveraged(Callback):
         ...     enable_model_summary=False,
         ... )
         >>> trainer.fit(Model(), torch.ones(4, 2, 1), torch.ones(1, 2, 1))
+
+    The training weights come back at the end of each evaluation, before checkpoints are written,
+    and if the evaluation raises. The sanity check before training uses them too.
+
+    After `fit`, the same trainer evaluates its last averages, or those of the checkpoint that you
+    pass as `ckpt_path`, which may be "best". Lightning takes "best" if you pass no model. A new
+    trainer needs a `ckpt_path`: it calls `configure_optimizers` and loads the averages. Without
+    averages, it warns and evaluates the training weights.
+
+    With `names`, each validation and test runs once with each of these averages, and then with the
+    training weights. "val_loss" is for the training weights, "val_loss/ema" for the average "ema".
+    Every run draws the same random numbers, and training continues as after a single one.
+
+    With `save="averaged"`, `load_from_checkpoint` returns the averaged model. A checkpoint of
+    weights only (`save_weights_only`) holds just the average. A full one also holds the training
+    weights, in `checkpoint["averaging_optim"]["training_state_dict"]`. If you resume with this
+    callback, whatever its `save`, training continues from them. Without the callback it continues
+    from the average, and Lightning warns that EvaluateAveraged is missing.
+
+    Args:
+        name: which average. You may leave it out if each optimizer has only one. With `names`, it
+            is the average to predict with and to save.
+        names: which averages to validate and test, each with its own metrics.
+        save: "training" or "averaged": the weights in a checkpoint's `state_dict`, even if it is
+            written during an evaluation. Until the average's first update, they are the same.
+
+    Raises:
+        ValueError: from `fit`: an optimizer has no average of a name, or several and no name; the
+            model has parameters that are trained and neither averaged nor left out by
+            `average=False` or `exclude`; `save="averaged"` is used with a strategy that reads and
+            writes checkpoints itself (FSDP, ModelParallel, DeepSpeed); or `save="averaged"` or
+            `names` is used with Lightning's WeightAveraging. From an evaluation: `ckpt_path` holds
+            neither optimizer states nor the average.
     """
 
     def __init__(

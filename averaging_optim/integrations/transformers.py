@@ -23,33 +23,6 @@ _TRAINING_WEIGHTS = "training_weights"
 class AveragedEvaluationMixin(Trainer):
     """A Trainer that evaluates and predicts under the average of its AveragingOptimizer.
 
-    List it before `Trainer`, or your subclass of it, in the bases. Before training there is no
-    average, and the weights are evaluated as they are.
-
-    Args:
-        args: of the Trainer.
-        averaged_name: which average to evaluate, predict with and save; may be left out if there
-            is only one. By default the first of `averaged_names`, if these are given.
-        averaged_names: evaluate the training weights, and under each of these averages too. The
-            metrics of an average have its name in their prefix, as in `eval_loss`,
-            `eval_ema_loss`. Like several evaluation sets, each is logged and passed to the
-            callbacks.
-        save: whether the models that the Trainer writes hold the "training" weights, or the
-            "averaged" ones, which are those that were evaluated: in checkpoints, by `save_model`
-            and on the Hub. "averaged" keeps the training weights of a checkpoint in its folder
-            `training_weights`, from which this class resumes, and `load_best_model_at_end` leaves
-            the best average in the model.
-        kwargs: of the Trainer.
-
-    You may set the attributes `averaged_name` and `averaged_names` at any time.
-
-    Raises:
-        ValueError: an argument has a wrong value, or does not fit those of the Trainer: if the
-            best model would be saved without its average, or chosen by another one than is saved,
-            or `save="averaged"` is asked of FSDP or DeepSpeed. From `train` or an evaluation, there
-            is no average of a name, or the model has parameters that are trained and neither
-            averaged nor left out by `average=False` or `exclude`.
-
     Example:
         >>> import torch
         >>> from transformers import Trainer, TrainingArguments
@@ -71,6 +44,31 @@ class AveragedEvaluationMixin(Trainer):
         >>> training = trainer.train()  # doctest: +ELLIPSIS
         {'train_runtime'...}
         >>> metrics = trainer.evaluate(data)
+
+    List it before `Trainer` (or your subclass) in the bases. Before training there is no average,
+    and the training weights are evaluated.
+
+    Args:
+        args: for the Trainer.
+        averaged_name: which average to evaluate, predict with and save. You may leave it out if
+            there is only one. By default the first of `averaged_names`, if you pass these.
+        averaged_names: evaluate the training weights and each of these averages. An average's name
+            is part of its metrics' names: `eval_loss`, `eval_ema_loss`. Each evaluation is logged
+            and passed to the callbacks, as for several evaluation sets.
+        save: "training" or "averaged": the weights that the Trainer writes, in checkpoints, by
+            `save_model` and on the Hub. With "averaged" these are the evaluated ones. A checkpoint
+            then has the training weights in its folder `training_weights`, from which this class
+            resumes, and `load_best_model_at_end` leaves the best average in the model.
+        kwargs: for the Trainer.
+
+    You may set the attributes `averaged_name` and `averaged_names` at any time.
+
+    Raises:
+        ValueError: an argument has a wrong value, or contradicts the Trainer's: the best model
+            would be saved without its average, or chosen by another average than the saved one, or
+            `save="averaged"` is used with FSDP or DeepSpeed. From `train` or an evaluation: there
+            is no average of a name, or the model has parameters that are trained and neither
+            averaged nor left out by `average=False` or `exclude`.
     """
 
     def __init__(
@@ -93,11 +91,11 @@ class AveragedEvaluationMixin(Trainer):
         self.add_callback(_BeforeTraining(self._check_averages))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the average, or the weights and each of `averaged_names`.
+        """Evaluate the average, or the training weights and each of `averaged_names`.
 
         Args:
-            args, kwargs: of `Trainer.evaluate`; with `averaged_names`, `metric_key_prefix` must be
-                given by keyword.
+            args, kwargs: for `Trainer.evaluate`. With `averaged_names`, pass `metric_key_prefix` by
+                keyword.
         """
         if self._is_evaluating_each:  # `Trainer.evaluate` calls this for each of several sets
             return super().evaluate(*args, **kwargs)
@@ -122,11 +120,11 @@ class AveragedEvaluationMixin(Trainer):
         """Write a directory with the averaged weights, which `from_pretrained` loads.
 
         Args:
-            output_dir: made if it is not there. Nothing is pushed to the Hub.
+            output_dir: created if it doesn't exist. Nothing is pushed to the Hub.
 
         Raises:
             RuntimeError: there is no AveragingOptimizer, as before training.
-            ValueError: there is no average of the name chosen, or several and no name.
+            ValueError: there is no average of this name, or several and no name.
         """
         optimizer = self.averaging_optimizer()
         if optimizer is None:
