@@ -26,7 +26,10 @@ def check_optimizer(optimizer: object) -> None:
     if isinstance(optimizer, type) or not all(
         callable(getattr(optimizer, m, None)) for m in methods
     ):
-        raise TypeError(f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}.")
+        raise TypeError(
+            f"`optimizer` must be a torch.optim.Optimizer, got {optimizer!r}."
+            + _to_construct(optimizer, "model.parameters()")
+        )
     groups = getattr(optimizer, "param_groups", None)
     if not isinstance(groups, list):
         raise TypeError(
@@ -68,7 +71,7 @@ def checked_rules(rule: AnyRule | Mapping[str, AnyRule]) -> dict[str, Rule]:
     if not isinstance(rule, Mapping):
         raise TypeError(
             "`rule` must be a Rule such as EMA(0.999), a function of the number of updates, or a "
-            f"mapping of names to these, got {rule!r}."
+            f"mapping of names to these, got {rule!r}." + _to_construct(rule)
         )
     if not rule:
         raise ValueError(f"`rule` must contain at least one rule, got {rule!r}.")
@@ -85,8 +88,15 @@ def checked_rules(rule: AnyRule | Mapping[str, AnyRule]) -> dict[str, Rule]:
 
 def _named_rule(name: object, rule: AnyRule) -> Rule:
     if not isinstance(name, str) or not (isinstance(rule, Rule) or _is_function(rule)):
-        raise TypeError(f"`rule` must map strings to Rules, got {name!r}: {rule!r}.")
+        raise TypeError(
+            f"`rule` must map strings to Rules, got {name!r}: {rule!r}." + _to_construct(rule)
+        )
     return rule if isinstance(rule, Rule) else Formula(rule)
+
+
+def _to_construct(thing: object, arguments: str = "") -> str:
+    """Return what to do with a class that was passed in place of an instance."""
+    return f" Pass {thing.__name__}({arguments})." if isinstance(thing, type) else ""
 
 
 def _is_function(rule: object) -> TypeGuard[Callable[[int], float]]:

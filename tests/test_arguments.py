@@ -20,12 +20,12 @@ from averaging_optim import EMA, AveragingOptimizer
             "ema",
             {},
             TypeError,
-            r"`rule` must be a Rule .* a function .*, or a mapping .*, got 'ema'",
+            r"`rule` must be a Rule .* a function .*, or a mapping .*, got 'ema'\.$",
         ),
-        (EMA, {}, TypeError, r"`rule` must be a Rule .* a function .*, got <class "),
+        (EMA, {}, TypeError, r"`rule` must be .*, got <class .*EMA'>\. Pass EMA\(\)\.$"),
         ({}, {}, ValueError, r"`rule` must contain at least one rule, got \{\}\."),
         ({1: EMA()}, {}, TypeError, r"`rule` must map strings to Rules, got 1: EMA"),
-        ({"ema": EMA}, {}, TypeError, r"`rule` must map strings to Rules, got 'ema': <class "),
+        ({"ema": EMA}, {}, TypeError, r"must map strings .* 'ema': <class .*\. Pass EMA\(\)\.$"),
         ({"ema": 0.9}, {}, TypeError, r"`rule` must map strings to Rules, got 'ema': 0\.9\."),
         (
             EMA(),
@@ -81,6 +81,12 @@ def test_what_is_no_optimizer_is_refused() -> None:
     model: Any = small_model()
     with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer, got Seq"):
         AveragingOptimizer(model, EMA())
+
+
+def test_a_class_of_optimizers_is_refused_with_what_to_pass() -> None:
+    kind: Any = SGD
+    with pytest.raises(TypeError, match=r"got <class .*\. Pass SGD\(model\.parameters\(\)\)\.$"):
+        AveragingOptimizer(kind, EMA())
 
 
 def test_wrapping_twice_is_refused() -> None:
