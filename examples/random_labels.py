@@ -1,9 +1,9 @@
-"""Does averaging help where there is nothing to learn? ResNet-18, random images, random labels.
+"""Does averaging help if there is nothing to learn? ResNet-18, random images, random labels.
 
-Trains at 224 × 224 pixels for five epochs and tests the raw weights and three averages of the
-same run on 100 images, seed by seed. Prints what they found and how likely it is by chance.
+For each seed, train at 224 × 224 pixels for five epochs, and test the training weights and three
+averages of the same run on 100 images. Prints the results, and how likely they are by chance.
 
-The output in random_labels.txt is that of `make random-labels`: one thread, up to an hour.
+`make random-labels` writes random_labels.txt. It uses one thread and takes up to an hour.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer
 CLASSES = 2
 TEST_SIZE = 100
 BATCH = 16
-REPORTED = {"raw": 46, "SWA": 54, "EMA": 58, "T_ADEMA": 58}  # percent, of one run elsewhere
+REPORTED = {"weights": 46, "SWA": 54, "EMA": 58, "T_ADEMA": 58}  # percent, in one run elsewhere
 
 
 class Block(nn.Module):
@@ -74,15 +74,15 @@ def resnet18() -> nn.Sequential:
 
 
 def random_images(count: int, pixels: int) -> TensorDataset:
-    """Noise, and a label for each that is thrown like a coin."""
+    """Return images of noise, each with the toss of a coin as its label."""
     return TensorDataset(torch.randn(count, 3, pixels, pixels), torch.randint(CLASSES, (count,)))
 
 
 @dataclass(frozen=True)
 class Found:
-    """Of one seed: the test labels, and on which of them each of the weights is right, by name.
+    """The result of one seed: the test labels, and by name, which of them the weights get right.
 
-    There are two classes, so two sets of weights disagree where just one of them is right.
+    There are two classes, so two sets of weights disagree exactly where one of them is right.
     """
 
     labels: Tensor
@@ -100,7 +100,7 @@ class Found:
 
 
 def run(seed: int, epochs: int, images: int, pixels: int, progress: tqdm[NoReturn]) -> Found:
-    """Train once, with three averages, and test the raw weights and each of them."""
+    """Train once with three averages. Test the training weights and each average."""
     torch.manual_seed(seed)
     train, test = random_images(images, pixels), random_images(TEST_SIZE, pixels)
     batches = DataLoader(train, batch_size=BATCH, shuffle=True, drop_last=True)
@@ -123,7 +123,7 @@ def run(seed: int, epochs: int, images: int, pixels: int, progress: tqdm[NoRetur
         progress.update()
     right = optimizer.evaluate_averages(lambda: which_are_right(model, test))
     training_percent = 100 * which_are_right(model, train).float().mean().item()
-    return Found(test.tensors[1], {"raw": right.pop("weights"), **right}, training_percent)
+    return Found(test.tensors[1], right, training_percent)
 
 
 @torch.no_grad()
@@ -134,7 +134,7 @@ def which_are_right(model: nn.Module, data: TensorDataset) -> Tensor:
 
 
 def table(found: list[Found]) -> Table:
-    result = Table("seed", *REPORTED, "raw, in training", box=box.MARKDOWN)
+    result = Table("seed", *REPORTED, "training images", box=box.MARKDOWN)
     by_seed = [
         [*(float(each.hits(name)) for name in REPORTED), each.training_percent] for each in found
     ]
@@ -152,7 +152,7 @@ def table(found: list[Found]) -> Table:
 
 
 def calls(found: list[Found]) -> Table:
-    """Of how many test images do the weights say class 1? Of all or none: they see no image."""
+    """Return how often the weights say class 1. If always or never, they ignore the image."""
     result = Table("seed", "labels", *REPORTED, box=box.MARKDOWN)
     for seed, each in enumerate(found):
         ones = [int(each.labels.sum()), *(each.called_one(name) for name in REPORTED)]
@@ -165,28 +165,28 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def spreads(found: list[Found]) -> Iterator[str]:
-    """Say how far figures spread by chance, and on how many images the weights disagree."""
+    """Say how far results spread by chance, and on how many images the weights disagree."""
     one, mean = math.sqrt(TEST_SIZE) / 2, math.sqrt(TEST_SIZE / len(found)) / 2
-    raw, t_adema = (mean_disagreements(found, "EMA", other) for other in ("raw", "T_ADEMA"))
-    yield "Labels are coins: whatever a model has learnt, it is right on half of them in"
-    yield f"the mean, ± {one:.1f} % (standard deviation) for a seed, ± {mean:.1f} % for the mean."
+    weights, t_adema = (mean_disagreements(found, "EMA", other) for other in ("weights", "T_ADEMA"))
+    yield "Labels are coins: whatever a model has learned, expect it to be right on half"
+    yield f"of them, ± {one:.1f} % (standard deviation) for a seed, ± {mean:.1f} % for the mean."
     yield "The last row is the probability that coins are as far from 50 % as the mean is."
-    yield f"EMA disagrees with raw on {raw:.1f} images, and with T_ADEMA on {t_adema:.1f}."
+    yield f"EMA disagrees with the weights on {weights:.1f} images, with T_ADEMA on {t_adema:.1f}."
 
 
 def likelihoods(found: list[Found]) -> Iterator[str]:
-    """Say how likely figures like the reported ones are.
+    """Say how likely results like the reported ones are.
 
-    The hits of any weights are heads among TEST_SIZE coins. Where two sets of weights disagree
-    one of them is right, and a coin says which: one that has g hits more than the other has
+    The hits of any weights are heads among TEST_SIZE coins. Where two sets of weights disagree,
+    one of them is right, and a coin decides which. With g hits more than the other, one set has
     g / 2 heads more than half of these coins.
     """
     for percent in sorted(set(REPORTED.values())):
         names = ", ".join(name for name, each in REPORTED.items() if each == percent)
         likely = tail(TEST_SIZE, abs(percent - 50))
-        yield f"{percent} % ({names}), or as far from 50 %: {likely:.2f}"
-    gain = max(REPORTED.values()) - REPORTED["raw"]
-    here = round(mean_disagreements(found, "EMA", "raw"))
+        yield f"{percent} % ({names}) or as far from 50 %: {likely:.2f}"
+    gain = max(REPORTED.values()) - REPORTED["weights"]
+    here = round(mean_disagreements(found, "EMA", "weights"))
     for images in sorted({20, 40, 60, here}):
         yield f"{gain} % apart, if they disagree on {images} images: {tail(images, gain / 2):.2f}"
 
@@ -196,7 +196,7 @@ def mean_disagreements(found: list[Found], name: str, other: str) -> float:
 
 
 def tail(coins: int, distance: float) -> float:
-    """Return the probability that the heads are at least so far from half of the coins."""
+    """Return the probability that the heads are at least this far from half of the coins."""
     far = [heads for heads in range(coins + 1) if abs(heads - coins / 2) >= distance]
     return float(sum(math.comb(coins, heads) for heads in far) / 2**coins)
 
@@ -205,10 +205,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=20, help="runs (default: 20)")
-    parser.add_argument("--epochs", type=int, default=5, help="epochs of a run (default: 5)")
-    parser.add_argument("--images", type=int, default=128, help="to train on (default: 128)")
-    parser.add_argument("--pixels", type=int, default=224, help="of a side (default: 224)")
+    parser.add_argument("--seeds", type=int, default=20, help="number of runs (default: 20)")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs per run (default: 5)")
+    parser.add_argument("--images", type=int, default=128, help="training images (default: 128)")
+    parser.add_argument("--pixels", type=int, default=224, help="pixels per side (default: 224)")
     arguments = parser.parse_args()
     for name, least in {"seeds": 1, "epochs": 1, "images": BATCH, "pixels": 1}.items():
         if getattr(arguments, name) < least:
@@ -221,12 +221,12 @@ def main() -> None:
     console.print(
         f"ResNet-18, {images} images of {pixels} × {pixels} pixels of noise with random labels, "
         f"{epochs} epochs\nof {images // BATCH} steps. "
-        f"Right of {TEST_SIZE} test images of that kind, and of the training images:"
+        f"Accuracy on {TEST_SIZE} test images of that kind, and on training images:"
     )
     console.print(table(found), *spreads(found), sep="\n")
-    console.print("\nOf the test images, so many have label 1, and so many are said to:")
+    console.print("\nNumber of test images with label 1, and of those classified as 1:")
     console.print(calls(found))
-    console.print("\nReported elsewhere, of one run, and how likely that is by chance:")
+    console.print("\nReported elsewhere for one run, and how likely it is by chance:")
     console.print(*likelihoods(found), sep="\n")
 
 

@@ -43,8 +43,8 @@ def test_what_the_second_notebook_quotes_of_the_large_experiment_is_its_output()
     output = (ROOT / "examples" / "random_labels.txt").read_text()
     (row,) = re.findall(r"^\| mean +\|(.*)\|$", output, re.MULTILINE)
     text = (ROOT / "notebooks" / "2-ema-swa-t-adema.ipynb").read_text()
-    raw, swa, ema, t_adema, _ = (float(percent) for percent in re.findall(r"[\d.]+", row))
-    quote = f"{raw} % (raw), {swa} % (SWA), {ema} % (EMA) and {t_adema} % (T_ADEMA)"
+    own, swa, ema, t_adema, _ = (float(percent) for percent in re.findall(r"[\d.]+", row))
+    quote = f"{own} % (training weights), {swa} % (SWA), {ema} % (EMA) and {t_adema} % (T_ADEMA)"
     assert quote in text
 
 
