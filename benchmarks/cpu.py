@@ -1,7 +1,7 @@
-"""As fast as memory? Averaging on a CPU, raced against its limit and against its peers.
+"""Is averaging on a CPU as fast as memory? Race it against the limit and against other libraries.
 
-Prints a table with the target of each row beside it. A run of all cases also writes it, with the
-machine it ran on, as results.md, and draws results.png.
+Prints a table with the target of each row. Without `--case`, it also writes the table and the
+machine it ran on to results.md, and draws results.png.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TENSORS = (10, 100, 1_000, 10_000)
 
 
 def flat_lerp(weights: int) -> Callable[[], object]:
-    """Return one `lerp_` over all weights: 12 bytes a weight, the least a float32 average moves."""
+    """Return one `lerp_` over all weights. It moves 12 bytes per weight, as little as can be."""
     average, weight = torch.rand(weights), torch.rand(weights)
     return lambda: average.lerp_(weight, 1 - DECAY)
 
@@ -39,7 +39,7 @@ def resnet18_ema(rounds: int) -> list[Row]:
 
 
 def gpt2_ema(rounds: int) -> list[Row]:
-    """The target of the best peer stands beside each."""
+    """Every peer gets the target for the best one."""
     targets = {LIMIT: 1.10, **dict.fromkeys(EMA_PEERS, 1.05)}
     return _against_peers("GPT-2, EMA", gpt2(), targets, rounds)
 
@@ -66,10 +66,10 @@ def three_averages(rounds: int) -> list[Row]:
 
 
 def bfloat16_weights(rounds: int) -> list[Row]:
-    """The least to move is 10 bytes a weight: 2 + 4 read, 4 written.
+    """An update moves at least 10 bytes per weight: it reads 2 + 4 and writes 4.
 
-    A float32 `lerp_`, which moves 12, moves as many bytes over 10/12 of the weights, and in the
-    same way: it reads twice what it writes, and writes where it has read.
+    A float32 `lerp_` moves 12, so over 10/12 of the weights it moves as many bytes. It also reads
+    more than it writes, and writes where it has read.
     """
     model = model_of(half_gpt2(), torch.bfloat16)
     peer = "timm, dtype=float32"
@@ -90,7 +90,7 @@ def float64_averages(rounds: int) -> list[Row]:
 
 
 def swap(rounds: int) -> list[Row]:
-    """In and out, against the copies of all weights that it has to make."""
+    """Swap in and out, against the copies of all weights that this needs."""
     model = model_of(half_gpt2())
     optimizer = _with_average(model)
     weights = list[Tensor](model.parameters())
@@ -140,7 +140,7 @@ COST = "cost"
 
 
 def cost(rounds: int, weights: int, tensors: int) -> Cost:
-    """Measure one model size, and the limit beside it."""
+    """Measure one model size, and its limit."""
     model = model_of(even(weights, tensors))
     calls = {OURS: ours(model, EMA(DECAY)).update, LIMIT: flat_lerp(weights)}
     result = race(calls, rounds)
@@ -158,7 +158,7 @@ def _against_peers(
 
 
 def _rows(case: str, result: Race, targets: Mapping[str, float]) -> list[Row]:
-    """Return ours against each of the others."""
+    """Compare our time with each of the others."""
     return [
         Row(
             case,
@@ -201,14 +201,14 @@ def _copy_to_and_fro(first: Tensor, second: Tensor) -> None:
 
 
 def _allocated(call: Callable[[], object]) -> int:
-    """Return the bytes that a call asks of torch's allocator, whether or not it frees some."""
+    """Return how many bytes a call allocates, whether or not it frees some."""
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
     return sum(max(0, event.self_cpu_memory_usage) for event in profile.events() or ())
 
 
 def _adamw(averaged: bool) -> Callable[[], object]:
-    """Return a step with gradients that stay as they are."""
+    """Return a step that always has the same gradients."""
     model = model_of(resnet18())
     for weight in model.parameters():
         weight.grad = torch.rand_like(weight)
@@ -217,7 +217,7 @@ def _adamw(averaged: bool) -> Callable[[], object]:
 
 
 def _training(averaged: bool) -> Callable[[], object]:
-    """Return a training step of 3.4 million weights on 1,024 tokens, always the same."""
+    """Return a training step of 3.4 million weights, always on the same 1,024 tokens."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
     model = nn.Sequential(
@@ -253,16 +253,16 @@ def _costs(rounds: int, largest: int) -> list[Cost]:
 def main() -> None:
     names = [*CASES, COST]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", action="append", choices=names, help="one of them (default: all)")
-    parser.add_argument("--rounds", type=int, default=100, help="of each race (default: 100)")
+    parser.add_argument("--case", action="append", choices=names, help="what to run (default: all)")
+    parser.add_argument("--rounds", type=int, default=100, help="rounds per race (default: 100)")
     parser.add_argument(
         "--largest",
         type=float,
         default=1e8,
-        help=f"weights at which {COST} ends (default: 1e8; 1e9 needs 16 GiB)",
+        help=f"most weights for {COST} (default: 1e8; 1e9 needs 16 GiB)",
     )
-    parser.add_argument("--threads", type=int, help="of torch (default: as torch chooses)")
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="to write into")
+    parser.add_argument("--threads", type=int, help="torch's threads (default: torch chooses)")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="for results")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {arguments.rounds}")

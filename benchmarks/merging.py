@@ -1,4 +1,4 @@
-"""Time and memory of merging checkpoints, and what float32 costs a window of a running mean."""
+"""Measure time and memory of merging checkpoints, and the error of a window of a running mean."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIB = 2**20
 
 
 class Peak:
-    """The most memory of its own that this process has had, in MiB, mapped files left out."""
+    """The most memory that this process has used, in MiB, without mapped files."""
 
     def __init__(self) -> None:
         self.start = self.most = self._now()
@@ -47,11 +47,11 @@ class Peak:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) / 1024
-        raise RuntimeError("/proc/self/status must show RssAnon, which Linux has.")
+        raise RuntimeError("/proc/self/status must have a line RssAnon. Run this on Linux.")
 
 
 def merging(table: Table, mebibytes: int, number: int, folder: Path) -> None:
-    """Merge checkpoints of a model of 32 tensors in float32."""
+    """Merge checkpoints of a model with 32 float32 tensors."""
     paths = []
     for i in tqdm(range(number), leave=False):
         size = mebibytes * MIB // 4 // 32
@@ -67,7 +67,7 @@ def merging(table: Table, mebibytes: int, number: int, folder: Path) -> None:
 
 
 def spread_lost(dtype: torch.dtype, updates: int, length: int) -> float:
-    """Return the error of a window over the spread of the weights in it."""
+    """Return the error of a window's mean, divided by the spread of the weights in it."""
     torch.manual_seed(0)
     weight = nn.Parameter(torch.zeros(1000))
     optimizer = AveragingOptimizer(SGD([weight]), SWA(every=None), dtype=dtype)
@@ -88,15 +88,15 @@ def spread_lost(dtype: torch.dtype, updates: int, length: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mebibytes", type=int, default=2048, help="of one checkpoint")
+    parser.add_argument("--mebibytes", type=int, default=2048, help="of one checkpoint (2048)")
     mebibytes = parser.parse_args().mebibytes
     console = Console()
-    table = Table("checkpoints", "seconds", "MiB taken")
+    table = Table("checkpoints", "seconds", "MiB used")
     with tempfile.TemporaryDirectory() as folder:
         for number in (2, 4):
             merging(table, mebibytes, number, Path(folder))
     console.print(table)
-    table = Table("average in", "error of the last 500 of 20,000 updates, in parts of their spread")
+    table = Table("average in", "error of the last 500 of 20,000 updates, relative to their spread")
     for dtype in (torch.float32, torch.float64):
         table.add_row(str(dtype).removeprefix("torch."), f"{spread_lost(dtype, 20_000, 500):.1e}")
     console.print(table)

@@ -1,4 +1,4 @@
-"""Ours and its peers, each used as its documentation says, all doing the same work."""
+"""Our wrapper and other libraries, each used as its documentation says, all doing the same work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = ("timm", "ema-pytorch", "torch-ema", "diffusers")
 class Candidate:
     """One way to keep an average.
 
-    update: averages the present weights.
+    update: averages the weights as they are now.
     averages: returns the average of each parameter, in the model's order.
     """
 
@@ -37,7 +37,7 @@ class Candidate:
 
 
 class Idle(Optimizer):
-    """An optimizer whose step does nothing, so that averaging alone is timed."""
+    """An optimizer whose step does nothing, to time averaging alone."""
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__(weights, {})
@@ -73,7 +73,7 @@ def from_timm(model: nn.Module, dtype: torch.dtype | None = None) -> Candidate:
 
 
 def from_ema_pytorch(model: nn.Module, use_foreach: bool = False) -> Candidate:
-    """Without `min_value` its decay would be ramped: 0.37 at the second update."""
+    """Without `min_value`, the decay ramps up: it is 0.37 at the second update."""
     averaged = ema_pytorch.EMA(
         model,
         beta=DECAY,
@@ -86,13 +86,13 @@ def from_ema_pytorch(model: nn.Module, use_foreach: bool = False) -> Candidate:
 
 
 def from_torch_ema(model: nn.Module) -> Candidate:
-    """With `use_num_updates` its decay would be ramped: 0.25 at the second update."""
+    """With `use_num_updates`, the decay ramps up: it is 0.25 at the second update."""
     averaged = torch_ema.ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates=False)
     return Candidate(averaged.update, lambda: averaged.shadow_params)
 
 
 def from_diffusers(model: nn.Module, foreach: bool = False) -> Candidate:
-    """Without `min_decay` its decay would be ramped, also with `use_ema_warmup=False`."""
+    """Without `min_decay`, the decay ramps up, even with `use_ema_warmup=False`."""
     averaged = EMAModel(model.parameters(), decay=DECAY, min_decay=DECAY, foreach=foreach)
     return Candidate(lambda: averaged.step(model.parameters()), lambda: averaged.shadow_params)
 
@@ -112,10 +112,10 @@ EMA_PEERS: dict[str, Callable[[nn.Module], Candidate]] = {
 def checked(
     model: nn.Module, candidates: Mapping[str, Candidate], share: float
 ) -> dict[str, Callable[[], object]]:
-    """Return name → update, after all have averaged the weights and their double.
+    """Let all candidates average the weights and their double. Return name → update.
 
     Raises:
-        RuntimeError: an average is not (1 + share) · the first weights.
+        RuntimeError: an average isn't (1 + share) · the first weights.
     """
     for candidate in candidates.values():
         candidate.update()
@@ -130,19 +130,19 @@ def checked(
 def _check(name: str, averages: Iterable[Tensor], weights: Iterable[Tensor], factor: float) -> None:
     for average, weight in zip(averages, weights, strict=True):
         expected = weight.to(average.dtype) * factor
-        # Each formula rounds two or three times, by 6e-8 at most; not moving would miss by 1e-3.
+        # Each formula rounds two or three times, by 6e-8 at most; standing still is off by 1e-3.
         if not torch.allclose(average, expected, rtol=1e-6, atol=0):
-            raise RuntimeError(f"`{name}` does not average as the others do.")
+            raise RuntimeError(f"`{name}` must average as the others do. Check how it is called.")
 
 
 def timm_model_ema() -> ModuleType:
-    """Return the one file of timm that averages: the package itself needs torchvision."""
+    """Return the one file of timm that averages, because the whole package needs torchvision."""
     name = "timm_model_ema"
     if name not in sys.modules:
         path = importlib.metadata.distribution("timm").locate_file("timm/utils/model_ema.py")
         spec = importlib.util.spec_from_file_location(name, str(path))
         if spec is None or spec.loader is None:
-            raise ImportError(f"{path} cannot be imported.")
+            raise ImportError(f"{path} can't be imported. Reinstall timm.")
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]

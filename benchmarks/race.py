@@ -1,4 +1,4 @@
-"""Candidates raced in one process, each in turn every round, so that noise hits all alike."""
+"""Race candidates in one process, each once per round, so that noise hits all of them alike."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from random import Random
 from time import perf_counter
 
 WARM_UP = 3
-# Repeating a call finds its tensors in the cache, where training does not leave them: on an EPYC
-# with 32 MiB one lerp_ of ResNet-18's 94 MB takes 1.5 ms in laps of 20 ms, 2.7 ms called once.
+# A repeated call finds its tensors in the cache, where training doesn't leave them: on an EPYC with
+# 32 MiB, one lerp_ of ResNet-18's 94 MB takes 1.5 ms in laps of 20 ms, and 2.7 ms if called once.
 LAP_SECONDS = 0.001
 
 
 @dataclass(frozen=True)
 class Quartiles:
-    """The middle of many measurements, and their spread: half of them lie in low … high."""
+    """The median of many measurements, and their spread: half of them are in low … high."""
 
     low: float
     median: float
@@ -32,9 +32,9 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Race:
-    """What was measured.
+    """The result of a race.
 
-    seconds: candidate → time of one call, for each round.
+    seconds: candidate → time of one call in each round.
     """
 
     seconds: Mapping[str, Sequence[float]]
@@ -43,17 +43,18 @@ class Race:
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, reference: str) -> Quartiles:
-        """Return the time of a candidate in that of another, both of the same round."""
+        """Return a candidate's time divided by another's in the same round."""
         rounds = zip(self.seconds[name], self.seconds[reference], strict=True)
         return Quartiles.of([own / other for own, other in rounds])
 
 
 def race(candidates: Mapping[str, Callable[[], object]], rounds: int) -> Race:
-    """Time each candidate once a round, in another order each: a call finds in the cache what the
-    one before it has left there.
+    """Time each candidate once per round.
+
+    The order changes every round, because a call finds in the cache what the one before it left.
 
     Args:
-        candidates: name → call. A short call is repeated until a lap lasts `LAP_SECONDS`.
+        candidates: name → call. Repeats a short call until a lap lasts `LAP_SECONDS`.
         rounds: at least 2.
     """
     repeats = {name: _repeats(call) for name, call in candidates.items()}

@@ -1,4 +1,4 @@
-"""What the races measured, as tables, Markdown and a picture."""
+"""Show what the races measured as tables, Markdown and a picture."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ WIDTH = 160
 HEADING = """\
 # Averaging on a CPU
 
-Written by `make bench`. Averaging alone is timed, Python included: the step of the wrapped
-optimizer does nothing, except where a row names AdamW. Each ratio is that of two calls in the same
-round: the median of {rounds} rounds, and the quartiles.
+`make bench` writes this page. It times averaging alone, Python included: the step of the wrapped
+optimizer does nothing, except where a row names AdamW. Each ratio compares two calls in the same
+round. You see the median of {rounds} rounds, and the quartiles.
 """
 PICTURE = "![Ratio to target, and cost by model size](results.png)"
 
@@ -35,9 +35,9 @@ PICTURE = "![Ratio to target, and cost by model size](results.png)"
 class Row:
     """One measurement.
 
-    measured, reference: what was divided by what, with the time of each.
-    value: the ratio, or a measure in `unit`.
-    target: the most that its median may be, None if there is no target.
+    measured, reference: what is divided by what, with the time of each.
+    value: the ratio, or a quantity in `unit`.
+    target: the largest median that meets the target, or None.
     """
 
     case: str
@@ -59,7 +59,7 @@ class Cost:
 
 
 def terminal() -> Console:
-    """Return a console that does not fold rows where nobody reads them on a screen."""
+    """Return a console that doesn't wrap rows unless they go to a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH)
 
@@ -89,10 +89,10 @@ def machine() -> list[str]:
     return [
         f"- {_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}",
         f"- Python {platform.python_version()}, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} of its threads",
+        f"{torch.get_num_threads()} threads",
         f"- {versions}",
         f"- {date.today().isoformat()}, "
-        f"load {os.getloadavg()[2]:.1f} in the last 15 minutes, this run included",
+        f"load {os.getloadavg()[2]:.1f} over the last 15 minutes, including this run",
     ]
 
 
@@ -111,7 +111,7 @@ def targets_table(rows: Sequence[Row]) -> Table:
 
 
 def costs_table(costs: Sequence[Cost]) -> Table:
-    """Return milliseconds, and in brackets the ratio to the limit."""
+    """Return milliseconds, and the ratio to the limit in brackets."""
     tensors = sorted({cost.tensors for cost in costs})
     table = Table("weights", "flat lerp_ (ms)", box=box.MARKDOWN)
     for number in tensors:
@@ -127,7 +127,7 @@ def costs_table(costs: Sequence[Cost]) -> Table:
 
 
 def limits(costs: Sequence[Cost]) -> dict[int, float]:
-    """Return weights → seconds of the flat `lerp_`, which is measured beside every model."""
+    """Return weights → seconds of the flat `lerp_`, which every model is raced against."""
     return {
         weights: statistics.median(cost.limit for cost in costs if cost.weights == weights)
         for weights in sorted({cost.weights for cost in costs})
@@ -181,7 +181,7 @@ def _label(row: Row) -> str:
 
 
 def _processor() -> str:
-    """Return the name on the chip, which `platform.processor` leaves out on Linux."""
+    """Return the processor's name, which `platform.processor` leaves out on Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,8 +1,8 @@
-"""How near is an average to exact arithmetic after a million updates, and what does nearer cost?
+"""How exact is an average after a million updates, and what does more exactness cost?
 
-One weight jumps from 0 to 1 after its first update, one rises evenly from 1 to 2. Their averages
-have closed forms, with which those kept in float32, in float32 with the lost low parts carried
-along, and in float64 are compared. Prints a table.
+One weight jumps from 0 to 1 after its first update, and one rises evenly from 1 to 2. Their exact
+averages have closed forms. Compare with these the averages kept in float32, in float32 with
+compensation for rounding, and in float64. Prints a table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Plain:
 
 
 class Compensated(Plain):
-    """Kahan's sum: what rounding takes from one increment is added to the next."""
+    """Kahan summation: add to each increment what rounding took from the one before."""
 
     bytes_a_weight = 8
 
@@ -65,7 +65,7 @@ KINDS = {"float32": Plain, "float32, compensated": Compensated, "float64": Doubl
 
 
 def weights(n: int) -> Tensor:
-    """Return the two weights at the n-th update, the first being 0."""
+    """Return the two weights at update n; the first update is 0."""
     return torch.tensor([float(n > 0), 1 + n / UPDATES])
 
 
@@ -118,8 +118,8 @@ def main() -> None:
     console = Console(width=100)
     console.print(table)
     console.print(
-        f"Errors in units of 2^-24 after {UPDATES:,} updates, EMA decay {DECAY}; that the ramp's "
-        "weights are float32 numbers is worth half a unit. Time relative to float32."
+        f"Errors are in units of 2^-24, after {UPDATES:,} updates, with an EMA decay of {DECAY}. "
+        "Half a unit comes from the ramp's weights, which are float32. Time is relative to float32."
     )
 
 

@@ -1,4 +1,4 @@
-"""Models as far as averaging sees them: the shapes of their parameters, in order."""
+"""Models as averaging sees them: the shapes of their parameters, in order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 def model_of(shapes: Iterable[Shape], dtype: torch.dtype = torch.float32) -> nn.ParameterList:
     """Return random weights of these shapes.
 
-    In one flat module, which spares those peers work that walk through modules at each update.
+    They are in one flat module, which saves work for peers that walk through modules at updates.
     """
     return nn.ParameterList(nn.Parameter(torch.rand(shape, dtype=dtype)) for shape in shapes)
 
@@ -25,7 +25,7 @@ def size_of(shapes: Iterable[Shape]) -> int:
 
 
 def even(weights: int, tensors: int) -> list[Shape]:
-    """Return tensors of one size that hold about so many weights."""
+    """Return equal shapes that hold about this many weights together."""
     return [(weights // tensors,)] * tensors
 
 
