@@ -11,12 +11,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
-from training import averages, averaging_sgd, everything, loss_of_batch, small_model, values
+from training import (
+    averages,
+    averaging_sgd,
+    everything,
+    loss_of_batch,
+    saved_averages,
+    small_model,
+    values,
+)
 
-from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
+from averaging_optim import EMA, AveragingOptimizer, Rule
 
 BATCHES = 6
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
 
 
 class Numbers:
@@ -139,7 +146,7 @@ def all_there_is(module: nn.Module, trainer: Trainer) -> list[Tensor]:
 
 def averages_in(path: str | Path, name: str = "ema") -> list[Tensor]:
     states = torch.load(path, weights_only=True)["optimizer_states"]
-    return [each[f"averaged_{name}"] for state in states for each in state["state"].values()]
+    return [each for state in states for each in saved_averages(state, name)]
 
 
 def weights_in(path: str | Path) -> list[Tensor]:

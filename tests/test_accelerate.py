@@ -22,7 +22,7 @@ from training import averages, everything, same, small_model, values
 
 from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
 
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(start=2)}
+RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(start=2)}
 BATCHES = 6
 
 
@@ -53,7 +53,7 @@ class Run:
 
 
 def start(
-    wrap: Callable[[Optimizer], Optimizer] = lambda adam: AveragingOptimizer(adam, TWO_RULES),
+    wrap: Callable[[Optimizer], Optimizer] = lambda adam: AveragingOptimizer(adam, RULES),
     **arguments: Any,
 ) -> Run:
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def test_only_real_steps_count_when_gradients_are_accumulated() -> None:
     assert same(averages(run.averaging, "ema"), expected)
 
 
-@pytest.mark.parametrize("name", TWO_RULES)
+@pytest.mark.parametrize("name", RULES)
 def test_the_prepared_model_is_evaluated_under_the_average(name: str) -> None:
     run = start()
     train_an_epoch(run)

@@ -28,7 +28,7 @@ Start = Callable[[], Run]
 
 ENTRY = r"`(state_dict|state|param_groups|averaged_(buffers|parameters))(\[.*\])?` (must|belongs) "
 
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(start=1)}
+RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(start=1)}
 NAMES = ["", "averaged_", "n_averaged_x", "x", "xx", "'; drop", "buffers", "params", "平均\0`"]
 
 
@@ -47,7 +47,7 @@ def with_buffers_of_two_kinds() -> Run:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     adam = Adam(model.parameters(), lr=0.01)
-    return model, AveragingOptimizer(adam, TWO_RULES, buffers=model.buffers())
+    return model, AveragingOptimizer(adam, RULES, buffers=model.buffers())
 
 
 def with_groups_of_one_shape() -> Run:
@@ -60,7 +60,7 @@ def with_groups_of_one_shape() -> Run:
 
 def of_bfloat16_weights() -> Run:
     model = small_model(torch.bfloat16)
-    return model, averaging_sgd(model, TWO_RULES)
+    return model, averaging_sgd(model, RULES)
 
 
 def with_a_frozen_layer() -> Run:

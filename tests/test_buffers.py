@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from modules import compiled_in_ddp, in_ddp
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.optim import SGD
 from torch.optim.swa_utils import (
@@ -590,8 +590,8 @@ def test_a_cache_that_is_made_in_the_forward_may_be_there_or_not_when_averages_a
 
 
 def compiled_inside(model: nn.Sequential) -> None:
-    compiled: Any = torch.compile(model[1])
-    model[1] = compiled
+    layer: Any = torch.compile(model[1])
+    model[1] = layer
 
 
 def in_data_parallel_inside(model: nn.Sequential) -> None:
@@ -746,20 +746,10 @@ def test_update_bn_inside_a_swap_is_safe_for_buffers_that_are_replaced_at_each_f
 # Models that are wrapped, and tensors that are given instead of a model.
 
 
-def in_ddp(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def compiled(model: nn.Module) -> Any:
-    return torch.compile(model)
-
-
-def compiled_in_ddp(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(compiled(model))
-
-
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("wrap", [as_it_is, in_ddp, nn.DataParallel, compiled, compiled_in_ddp])
+@pytest.mark.parametrize(
+    "wrap", [as_it_is, in_ddp, nn.DataParallel, torch.compile, compiled_in_ddp]
+)
 def test_names_are_those_of_the_model_inside_whatever_wraps_it(
     wrap: Callable[[Any], nn.Module],
 ) -> None:

@@ -40,7 +40,7 @@ from averaging_optim import (
     SwitchEMA,
 )
 
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(start=2, every=3)}
+RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(start=2, every=3)}
 
 Run = tuple[nn.Sequential, AveragingOptimizer]
 
@@ -52,12 +52,12 @@ def plain() -> Run:
 
 def with_several_rules_over_adam() -> Run:
     model = small_model()
-    return model, AveragingOptimizer(Adam(model.parameters(), amsgrad=True), TWO_RULES)
+    return model, AveragingOptimizer(Adam(model.parameters(), amsgrad=True), RULES)
 
 
 def with_buffers() -> Run:
     model = model_with_batch_norm()
-    return model, averaging_sgd(model, TWO_RULES, buffers=model.buffers())
+    return model, averaging_sgd(model, RULES, buffers=model.buffers())
 
 
 def of_bfloat16_weights() -> Run:
@@ -164,7 +164,7 @@ def test_tensors_are_referenced_and_not_copied() -> None:
 
 
 def test_counters_are_in_every_group_from_the_start() -> None:
-    optimizer = averaging_sgd(small_model(), TWO_RULES)
+    optimizer = averaging_sgd(small_model(), RULES)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     for group in optimizer.state_dict()["param_groups"]:
         counters = {key: group[key] for key in group if key.startswith(("n_averaged", "averaging"))}
@@ -216,9 +216,9 @@ def momenta_of(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
 def test_a_checkpoint_without_averages_loads_with_one_warning(wrapped: bool) -> None:
     model = small_model()
     bare = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    train(model, AveragingOptimizer(bare, TWO_RULES) if wrapped else bare, 5)
+    train(model, AveragingOptimizer(bare, RULES) if wrapped else bare, 5)
 
-    optimizer = averaging_sgd(model, TWO_RULES)
+    optimizer = averaging_sgd(model, RULES)
     message = r"^The state dict has no average for 'ema', 'swa': averaging starts at the present "
     with pytest.warns(UserWarning, match=message) as caught:
         optimizer.load_state_dict(bare.state_dict())
@@ -245,7 +245,7 @@ def test_a_rule_that_the_checkpoint_does_not_know_starts_afresh() -> None:
     model = small_model()
     saved_from = averaging_sgd(model, EMA(0.9))
     train(model, saved_from, 3)
-    optimizer = averaging_sgd(model, TWO_RULES)
+    optimizer = averaging_sgd(model, RULES)
     with pytest.warns(
         UserWarning, match=r"no average for 'swa': averaging starts at the present weights\."
     ):
@@ -294,7 +294,7 @@ def test_a_plain_checkpoint_loads_silently_when_nothing_is_to_be_averaged() -> N
 def test_a_wrapped_checkpoint_loads_into_the_plain_optimizer(inner: type[Optimizer]) -> None:
     model, bare_model = small_model(), small_model()
     build: Callable[..., Optimizer] = inner
-    optimizer = AveragingOptimizer(build(model.parameters(), lr=0.01), TWO_RULES)
+    optimizer = AveragingOptimizer(build(model.parameters(), lr=0.01), RULES)
     train(model, optimizer, 3)
     bare = build(bare_model.parameters(), lr=0.01)
     bare_model.load_state_dict(model.state_dict())
@@ -469,7 +469,7 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(damage: str) -
         model = small_model()
         sgd = SGD(model.parameters(), lr=0.1, momentum=0.9)
         sgd.add_param_group({"params": [extra], "average": False})
-        return model, AveragingOptimizer(sgd, TWO_RULES, buffers=[torch.ones(3)])
+        return model, AveragingOptimizer(sgd, RULES, buffers=[torch.ones(3)])
 
     extra = nn.Parameter(torch.ones(1))
     model, optimizer = build()

@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from instructions import AtInstruction
+from faults import AtCall, AtInstruction, run_out_of_memory
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
-from torch.utils._python_dispatch import TorchDispatchMode
 from training import (
     DTYPES,
     averages,
@@ -52,31 +51,6 @@ def ctrl_c_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-class At(TorchDispatchMode):
-    """Do something before or after one of the calls that copy, allocate or compute."""
-
-    def __init__(self, number: int, act: Callable[[], object], written: bool = False) -> None:
-        TorchDispatchMode.__init__(self)
-        self.calls = itertools.count(1)
-        self.number, self.act, self.written = number, act, written
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.is_view or next(self.calls) != self.number:
-            return func(*args, **(kwargs or {}))
-        if not self.written:
-            self.act()
-        result = func(*args, **(kwargs or {}))
-        if self.written:
-            self.act()
-        return result
-
-
-def run_out_of_memory() -> None:
-    raise torch.OutOfMemoryError("injected")
-
-
 def trained(weights: torch.dtype, dtype: torch.dtype | None) -> Run:
     model = model_with_batch_norm().to(weights)
     optimizer = averaging_sgd(model, EMA(0.5), dtype=dtype, buffers=model.buffers())
@@ -96,19 +70,21 @@ def held_inside(model: nn.Module, optimizer: AveragingOptimizer) -> list[Tensor]
 Swap = Callable[[], AbstractContextManager[None]]
 
 
-def enter(model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: At) -> None:
+def enter(model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: AtCall) -> None:
     with contextlib.ExitStack() as stack, fault:
         stack.enter_context(swap())
 
 
-def evaluate(model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: At) -> None:
+def evaluate(
+    model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: AtCall
+) -> None:
     weight = next(model.parameters())
     with swap(), fault:
         update_bn([torch.randn(4, 3, dtype=weight.dtype)], model)
         optimizer.state_dict()
 
 
-def leave(model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: At) -> None:
+def leave(model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: AtCall) -> None:
     stack = contextlib.ExitStack()
     stack.enter_context(swap())
     with fault:
@@ -116,7 +92,7 @@ def leave(model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault
 
 
 def leave_by_exception(
-    model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: At
+    model: nn.Sequential, optimizer: AveragingOptimizer, swap: Swap, fault: AtCall
 ) -> None:
     stack = contextlib.ExitStack()
     stack.enter_context(swap())
@@ -124,7 +100,7 @@ def leave_by_exception(
         raise ZeroDivisionError
 
 
-Part = Callable[[nn.Sequential, AveragingOptimizer, Swap, At], None]
+Part = Callable[[nn.Sequential, AveragingOptimizer, Swap, AtCall], None]
 
 
 def assert_restored_after_each(
@@ -142,7 +118,7 @@ def assert_restored_after_each(
     failures = 0
     for number in itertools.count(1):
         try:
-            part(model, optimizer, swap, At(number, act, written))
+            part(model, optimizer, swap, AtCall(number, act, written))
         except error:
             failures += 1
         else:
@@ -225,7 +201,7 @@ def test_a_signal_handler_that_saves_never_sees_half_a_swap(
     state_dict, seen = frozen(optimizer.state_dict()), []
     handle_usr1(lambda: seen.append((frozen(held(model)), frozen(optimizer.state_dict()))))
     for number in (1, 2):
-        fault = At(number, lambda: signal.raise_signal(signal.SIGUSR1))
+        fault = AtCall(number, lambda: signal.raise_signal(signal.SIGUSR1))
         part(model, optimizer, optimizer.swap_to_averaged, fault)
     assert len(seen) == 2
     for model_held, saved in seen:
@@ -238,7 +214,7 @@ def test_a_swap_without_room_for_a_backup_says_what_to_do_and_changes_nothing() 
     before = everything(model, optimizer)
     message = r"no room for a backup .* nothing has changed.*\(in_place=True\)`.*cpu"
     with pytest.raises(torch.OutOfMemoryError, match=message):
-        enter(model, optimizer, optimizer.swap_to_averaged, At(1, run_out_of_memory))
+        enter(model, optimizer, optimizer.swap_to_averaged, AtCall(1, run_out_of_memory))
     assert same(everything(model, optimizer), before)
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from faults import AtInstruction
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from instructions import AtInstruction
 from ledger import Ledger
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer

@@ -15,7 +15,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger
 from lightning_runs import (
     BATCHES,
-    TWO_RULES,
     Adversaries,
     Module,
     all_averages,
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import StepLR
 from training import (
+    TWO_RULES,
     averages,
     averaging_sgd,
     everything,

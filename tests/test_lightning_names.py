@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning_runs import (
-    TWO_RULES,
     Adversaries,
     Module,
     Numbers,
@@ -33,7 +32,7 @@ from lightning_runs import (
 )
 from torch import Tensor
 from torchmetrics import MeanMetric
-from training import averaging_sgd, first_layer, loss_of_batch, same, small_model
+from training import TWO_RULES, averaging_sgd, first_layer, loss_of_batch, same, small_model
 
 from averaging_optim import Rule, together
 from averaging_optim.integrations.lightning import EvaluateAveraged

@@ -18,7 +18,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning_runs import (
     BATCHES,
-    TWO_RULES,
     Adversaries,
     Module,
     all_averages,
@@ -34,7 +33,15 @@ from lightning_runs import (
 )
 from processes import in_processes
 from torch import Tensor
-from training import averaging_sgd, loss_of_batch, model_with_batch_norm, same, small_model, values
+from training import (
+    TWO_RULES,
+    averaging_sgd,
+    loss_of_batch,
+    model_with_batch_norm,
+    same,
+    small_model,
+    values,
+)
 
 from averaging_optim import EMA
 from averaging_optim.integrations.lightning import EvaluateAveraged

@@ -18,7 +18,7 @@ from peers import timm_model_ema
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import loss_of_batch, model_with_batch_norm, train
+from training import loss_of_batch, model_with_batch_norm, train, weights_of
 
 from averaging_optim import EMA, AveragingOptimizer
 from averaging_optim.integrations.lightning import EvaluateAveraged
@@ -92,10 +92,6 @@ def assert_holds(optimizer: AveragingOptimizer, other: Other) -> None:
     kept = [optimizer.state[weight]["averaged_ema"] for weight in weights_of(optimizer)]
     # Each library rounds in its own way, a few times an update.
     torch.testing.assert_close(kept, list(other.averages()), rtol=1e-5, atol=1e-6)
-
-
-def weights_of(optimizer: Optimizer) -> list[Tensor]:
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def test_there_is_a_recipe_for_each_library() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import in_processes
+from sharding import trains_with_fsdp, whole, whole_averages
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -37,7 +38,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import (
     averaging_sgd,
@@ -50,15 +51,12 @@ from training import (
     small_model,
     train,
     values,
+    weights_of,
 )
 
 from averaging_optim import EMA, LAWA, SWA, T_ADEMA, AveragingOptimizer, Lookahead, Rule
 
 WHOLE = StateDictOptions(full_state_dict=True)
-# Through gloo, torch 2.6 fails to gather the weights, 2.7 and 2.8 sum the gradients.
-trains_with_fsdp = pytest.mark.skipif(
-    torch.__version__ < "2.9", reason="FSDP2 averages gradients on CPUs from torch 2.9 on"
-)
 RULES: dict[str, Rule] = {
     "ema": EMA(0.5),
     "swa": SWA(start=2),
@@ -102,31 +100,9 @@ def live(model: nn.Module, optimizer: AveragingOptimizer, steps: int = 6, first:
     )
 
 
-def whole_averages(optimizer: AveragingOptimizer) -> dict[str, list[Tensor]]:
-    """Return the averages of all weights; a frozen weight may be its own."""
-    return {
-        name: whole(
-            optimizer.state.get(weight, {}).get(f"averaged_{name}", weight)
-            for weight in weights_of(optimizer)
-        )
-        for name in optimizer.rules
-    }
-
-
 def counters_of(optimizer: AveragingOptimizer) -> dict[str, int]:
     group = optimizer.param_groups[0]
     return {key: group[key] for key in group if "averag" in key}
-
-
-def weights_of(optimizer: Optimizer) -> list[Tensor]:
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
-
-
-def whole(tensors: Iterable[Tensor]) -> list[Tensor]:
-    return [
-        (each.full_tensor() if isinstance(each, DTensor) else each).detach().clone()
-        for each in tensors
-    ]
 
 
 def averaging_adam(model: nn.Module) -> AveragingOptimizer:

@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 from lightning_runs import Module, averages_in, each_epoch, fit, trainer_with
-from test_teachers import Adapted
-from test_transformers import DATA, Recording, arguments_for, language_model
+from modules import Adapted, compiled, compiled_in_ddp, in_ddp
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Muon
 from training import (
     averages,
@@ -28,6 +26,7 @@ from training import (
     train,
     values,
 )
+from transformers_runs import DATA, Recording, arguments_for, language_model
 
 from averaging_optim import EMA, SWA, AveragingOptimizer, together
 from averaging_optim.integrations.lightning import EvaluateAveraged
@@ -82,18 +81,6 @@ def test_whether_only_averages_are_exported_must_be_said_by_a_bool() -> None:
 
 
 # Names of wrapped models.
-
-
-def in_ddp(model: nn.Sequential) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def compiled(model: nn.Sequential) -> Any:
-    return torch.compile(model, backend="eager")
-
-
-def compiled_in_ddp(model: nn.Sequential) -> nn.Module:
-    return DistributedDataParallel(compiled(model))
 
 
 def compiled_inside(model: nn.Sequential) -> nn.Module:

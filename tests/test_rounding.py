@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import in_processes
-from test_parallel import trains_with_fsdp, whole, whole_averages
+from sharding import trains_with_fsdp, whole, whole_averages
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed

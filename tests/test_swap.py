@@ -15,6 +15,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils._pytree import tree_leaves
 from training import (
     DTYPES,
+    TWO_RULES,
     averages,
     averaging_sgd,
     everything,
@@ -29,8 +30,6 @@ from training import (
 )
 
 from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Lookahead, Rule
-
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
 
 
 @pytest.mark.parametrize(("weights", "dtype"), DTYPES)

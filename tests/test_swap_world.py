@@ -27,7 +27,7 @@ from training import (
 
 from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Rule
 
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.5), "last": LAWA(k=2)}
+RULES: dict[str, Rule] = {"ema": EMA(0.5), "last": LAWA(k=2)}
 
 
 class Adapter(nn.Linear):
@@ -86,7 +86,7 @@ def test_what_is_written_inside_is_undone_and_never_reaches_an_average(
     )
     inner = SGDScheduleFree(model.parameters(), lr=0.1)
     inner.train()
-    optimizer = AveragingOptimizer(inner, TWO_RULES, buffers=model.buffers(), dtype=dtype)
+    optimizer = AveragingOptimizer(inner, RULES, buffers=model.buffers(), dtype=dtype)
     for _ in range(3):
         for weight in model.parameters():
             weight.grad = torch.randn_like(weight)
@@ -102,7 +102,7 @@ def test_what_is_written_inside_is_undone_and_never_reaches_an_average(
 
 def test_what_was_handed_out_stays_what_it_was_through_a_swap() -> None:
     model = model_with_batch_norm()
-    optimizer = averaging_sgd(model, TWO_RULES, buffers=model.buffers())
+    optimizer = averaging_sgd(model, RULES, buffers=model.buffers())
     train(model, optimizer, 3)
     teacher = optimizer.averaged_model(model, "ema")
     weight = next(model.parameters())
@@ -178,7 +178,7 @@ def test_averages_that_inference_mode_has_made_are_averaged_outside_of_it(
         model = small_model()
         # Without momenta, which a bare SGD that has loaded them in this mode cannot train with.
         former, optimizer = (
-            AveragingOptimizer(SGD(model.parameters(), lr=0.1), TWO_RULES) for _ in range(2)
+            AveragingOptimizer(SGD(model.parameters(), lr=0.1), RULES) for _ in range(2)
         )
         train(model, former, 2)
         with mode():
@@ -340,7 +340,7 @@ def test_averages_of_8_bits_are_refused() -> None:
 
 def test_an_average_that_starts_afresh_on_loading_is_the_present_weights_at_once() -> None:
     model = model_with_batch_norm()
-    optimizer = averaging_sgd(model, TWO_RULES, buffers=model.buffers())
+    optimizer = averaging_sgd(model, RULES, buffers=model.buffers())
     train(model, optimizer, 3)
     teacher = optimizer.averaged_model(model, "last")
     saved = averaging_sgd(model, {"ema": EMA(0.5)}, buffers=model.buffers())

@@ -14,11 +14,12 @@ from weakref import ref
 import pytest
 import torch
 import torch.distributed as dist
+from modules import Adapted, compiled, in_ddp
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import (
+    TWO_RULES,
     averages,
     averaging_sgd,
     first_layer,
@@ -32,9 +33,7 @@ from training import (
     values,
 )
 
-from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Rule
-
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
+from averaging_optim import EMA, LAWA, AveragingOptimizer
 
 
 def kept_of(optimizer: AveragingOptimizer, weight: Tensor) -> Tensor:
@@ -380,20 +379,6 @@ def test_a_buffer_that_grows_is_followed() -> None:
 # What is not averaged.
 
 
-class Adapted(nn.Module):
-    """A frozen layer with a low-rank update that is trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.base = nn.Linear(3, 2).requires_grad_(False)
-        self.down, self.up = nn.Linear(3, 1, bias=False), nn.Linear(1, 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.base(x) + self.up(self.down(x))
-        return result
-
-
 def with_frozen_base() -> tuple[nn.Module, AveragingOptimizer]:
     model = Adapted()
     return model, averaging_sgd(model, EMA(0.9))
@@ -500,17 +485,12 @@ def test_tied_parameters_and_buffers_stay_tied(has_instance: bool) -> None:
     assert teacher.a.scale is teacher.b.scale
 
 
-def with_ddp(model: nn.Module) -> nn.Module:
-    return DistributedDataParallel(model)
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    whole: Any = torch.compile(model, backend="eager")
-    return nn.DataParallel(whole)
+def compiled_in_data_parallel(model: nn.Module) -> nn.Module:
+    return nn.DataParallel(compiled(model))
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("wrap", [with_ddp, nn.DataParallel, compiled])
+@pytest.mark.parametrize("wrap", [in_ddp, nn.DataParallel, compiled_in_data_parallel])
 def test_of_a_wrapped_model_the_module_inside_is_taken(
     wrap: Callable[[nn.Module], nn.Module],
 ) -> None:

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from lightning.pytorch import LightningModule, Trainer
-from test_transformers import DATA, arguments_for, language_model
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW, Optimizer
@@ -22,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 from training import first_layer, gradients_of, loss_of_batch, model_with_batch_norm, small_model
 from transformers import Trainer as HuggingFaceTrainer
+from transformers_runs import DATA, arguments_for, language_model
 
 from averaging_optim import EMA, AveragingOptimizer
 from averaging_optim.testing import check_trainer

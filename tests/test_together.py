@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from instructions import AtInstruction
-from test_faults import At, run_out_of_memory
+from faults import AtCall, AtInstruction, run_out_of_memory
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training import (
+    TWO_RULES,
     everything,
     frozen,
     loss_of_batch,
@@ -27,9 +27,7 @@ from training import (
     values,
 )
 
-from averaging_optim import EMA, SWA, AveragingOptimizer, Rule, together
-
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
+from averaging_optim import EMA, AveragingOptimizer, Rule, together
 
 
 def averaging(
@@ -261,7 +259,7 @@ def test_running_out_of_memory_at_any_point_of_entering_restores_both(
     failures = 0
     for number in itertools.count(1):
         try:
-            with ExitStack() as stack, At(number, run_out_of_memory, written):
+            with ExitStack() as stack, AtCall(number, run_out_of_memory, written):
                 stack.enter_context(averaged.swap_to_averaged(in_place=in_place))
         except torch.OutOfMemoryError:
             failures += 1
@@ -289,7 +287,7 @@ def fail() -> None:
 def calls_on_leaving() -> int:
     """Return how many calls of torch leaving a swap of two makes."""
     _, *optimizers = trained_pair()
-    with ExitStack() as stack, At(0, fail) as counting:
+    with ExitStack() as stack, AtCall(0, fail) as counting:
         stack.enter_context(together(*optimizers).swap_to_averaged())
         entering: int = next(counting.calls)
         stack.close()
@@ -305,7 +303,7 @@ def test_a_failure_of_one_on_leaving_leaves_the_other_restored(broken: str) -> N
     swap = together(first, second).swap_to_averaged()
     swap.__enter__()
     number = 1 if broken == "second" else calls_on_leaving() // 2 + 1
-    with pytest.raises(OSError, match="injected"), At(number, fail):
+    with pytest.raises(OSError, match="injected"), AtCall(number, fail):
         swap.__exit__(None, None, None)
     present = list(model.parameters())
     of_first, of_second = slice(2), slice(2, None)

@@ -9,59 +9,33 @@ from typing import Any
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from training import averages, everything, same, values
+from training import TWO_RULES, averages, everything, same, values
 from transformers import (
     EarlyStoppingCallback,
-    GPT2Config,
     GPT2LMHeadModel,
     Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
 )
+from transformers_runs import (
+    DATA,
+    Recording,
+    arguments_for,
+    averages_in,
+    language_model,
+    present_weights,
+    weights_in,
+)
 
 from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
-from averaging_optim.integrations.transformers import AveragedEvaluationMixin
 
-TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
-TEXTS = torch.randint(8, (12, 5), generator=torch.Generator().manual_seed(0))
 EVALUATING: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2}
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
 BOTH: dict[str, Any] = {"averaged_names": ["ema", "swa"]}
 AVERAGED: dict[str, Any] = {"save": "averaged"}
-DATA = [{"input_ids": text, "labels": text} for text in TEXTS]
-
-
-def language_model() -> GPT2LMHeadModel:
-    """Return the same GPT-2 of about 1,000 weights, with dropout, at each call."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=8,
-        n_positions=8,
-        n_embd=8,
-        n_layer=1,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return GPT2LMHeadModel(config)
-
-
-class Recording(AveragedEvaluationMixin, Trainer):
-    """Keeps the weights that each evaluation step sees."""
-
-    seen: list[list[Tensor]]
-    crash_at: int = 0
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        self.seen = [*getattr(self, "seen", []), weights_of(self)]
-        if len(self.seen) == self.crash_at:
-            raise ArithmeticError("crashed on purpose")
-        return super().prediction_step(*args, **kwargs)
 
 
 class RecordingSeq2Seq(Recording, Seq2SeqTrainer):
@@ -79,7 +53,7 @@ class Logging(Recording):
     """Adds a metric that has no prefix of an average, as trl's trainers do."""
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        logs["eval_first_weight"] = weights_of(self)[0][0, 0].item()
+        logs["eval_first_weight"] = present_weights(self)[0][0, 0].item()
         super().log(logs, *args, **kwargs)
 
 
@@ -110,20 +84,6 @@ class Creating(Recording):
         if self.optimizer is None:
             self.optimizer = AveragingOptimizer(super().create_optimizer(model), EMA(0.9))
         return self.optimizer
-
-
-def arguments_for(directory: Path, **arguments: Any) -> Seq2SeqTrainingArguments:
-    chosen: dict[str, Any] = {
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.01,
-        "max_steps": 6,
-    }
-    return Seq2SeqTrainingArguments(str(directory), **{**chosen, **arguments})
 
 
 def given(
@@ -164,24 +124,10 @@ def optimizer_of(trainer: Trainer) -> AveragingOptimizer:
     return accelerated.optimizer
 
 
-def weights_of(trainer: Trainer) -> list[Tensor]:
-    assert isinstance(trainer.model, nn.Module)
-    return values(trainer.model.parameters())
-
-
 def all_there_is(trainer: Trainer) -> list[Tensor]:
     """Return the weights and what the optimizer holds: averages, moments, counters."""
     assert isinstance(trainer.model, nn.Module)
     return everything(trainer.model, optimizer_of(trainer))
-
-
-def averages_in(checkpoint: Path, name: str = "ema") -> list[Tensor]:
-    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    return [state[index][f"averaged_{name}"] for index in sorted(state)]
-
-
-def weights_in(checkpoint: Path) -> dict[str, Tensor]:
-    return load_file(checkpoint / "model.safetensors")
 
 
 def loaded_from(checkpoint: Path) -> list[Tensor]:
@@ -215,8 +161,8 @@ def test_the_weights_train_as_with_the_plain_optimizer(tmp_path: Path) -> None:
     plain.train()
     averaging = given(tmp_path)
     averaging.train()
-    assert same(weights_of(averaging), weights_of(plain))
-    assert not same(weights_of(averaging), averages(optimizer_of(averaging), "ema"))
+    assert same(present_weights(averaging), present_weights(plain))
+    assert not same(present_weights(averaging), averages(optimizer_of(averaging), "ema"))
 
 
 def test_only_real_steps_count_when_gradients_are_accumulated(tmp_path: Path) -> None:
@@ -360,7 +306,7 @@ def test_the_best_checkpoint_and_the_model_in_the_end_are_what_was_evaluated(
     trainer.train()
     evaluated = trainer.seen[1]
     assert same(loaded_from(tmp_path / "checkpoint-4"), evaluated)
-    assert same(weights_of(trainer), evaluated)
+    assert same(present_weights(trainer), evaluated)
     trainer.evaluate()
     assert same(trainer.seen[-1], evaluated)
     trainer.save_model(tmp_path / "best")
@@ -419,7 +365,7 @@ def test_models_of_an_optimizer_that_does_not_average_are_saved_as_they_are(
     trainer.lr_scheduler = LambdaLR(trainer.optimizer, lambda step: 0.9**step)
     with pytest.warns(UserWarning, match=r"^The Trainer has no AveragingOptimizer: its model"):
         trainer.train()
-    assert same(loaded_from(Path(trainer.state.best_model_checkpoint)), weights_of(trainer))
+    assert same(loaded_from(Path(trainer.state.best_model_checkpoint)), present_weights(trainer))
 
 
 BEST: dict[str, Any] = {"load_best_model_at_end": True, **SAVING, **EVALUATING}
@@ -476,7 +422,7 @@ def test_a_wrong_name_is_refused_before_training(keywords: dict[str, Any], tmp_p
     trainer = given(tmp_path, TWO_RULES, keywords=keywords, **EVALUATING)
     with pytest.raises(ValueError, match=r"`name` must be one of 'ema', 'swa', got"):
         trainer.train()
-    assert same(weights_of(trainer), language_model().parameters())
+    assert same(present_weights(trainer), language_model().parameters())
 
 
 @pytest.mark.parametrize("kind", [Recording, RecordingSeq2Seq])
@@ -489,7 +435,7 @@ def test_one_evaluation_is_of_the_weights_and_of_each_average_by_name(
     together = trainer.evaluate(DATA[:2])
     assert same(trainer.seen[0], averages(optimizer_of(trainer), "ema"))
     assert same(trainer.seen[1], averages(optimizer_of(trainer), "swa"))
-    assert same(trainer.seen[2], weights_of(trainer))
+    assert same(trainer.seen[2], present_weights(trainer))
     assert same(all_there_is(trainer), before)
     losses = {key: loss for key, loss in together.items() if key.endswith("loss")}
     trainer.averaged_names, trainer.averaged_name = None, "swa"
@@ -507,14 +453,14 @@ def test_each_of_several_averages_is_evaluated_on_each_of_several_sets(tmp_path:
     assert len(trainer.seen) == 6
     assert same(trainer.seen[1], averages(optimizer_of(trainer), "ema"))
     assert same(trainer.seen[3], averages(optimizer_of(trainer), "swa"))
-    assert same(trainer.seen[5], weights_of(trainer))
+    assert same(trainer.seen[5], present_weights(trainer))
 
 
 def test_a_metric_without_a_prefix_is_of_the_training_weights(tmp_path: Path) -> None:
     trainer = given(tmp_path, TWO_RULES, kind=Logging, keywords=BOTH)
     trainer.train()
     metrics = trainer.evaluate()
-    assert metrics["eval_first_weight"] == weights_of(trainer)[0][0, 0].item()
+    assert metrics["eval_first_weight"] == present_weights(trainer)[0][0, 0].item()
     assert metrics["eval_first_weight"] != trainer.seen[0][0][0, 0].item()
 
 
@@ -563,7 +509,7 @@ def test_the_best_model_and_early_stopping_go_by_the_metric_of_an_average(
     trainer.train()
     assert trainer.state.best_metric == 2
     assert trainer.state.global_step == 8
-    assert same(weights_of(trainer), averages_in(tmp_path / "checkpoint-4", "swa"))
+    assert same(present_weights(trainer), averages_in(tmp_path / "checkpoint-4", "swa"))
 
 
 def test_predictions_are_by_the_first_of_several_averages(tmp_path: Path) -> None:
@@ -594,10 +540,10 @@ def test_evaluating_in_16_bits_rounds_the_weights_and_not_the_averages(
     full_eval: dict[str, Any] = {flag: True}
     trainer = given(tmp_path, **full_eval)
     trainer.train()
-    weights, kept = weights_of(trainer), averages(optimizer_of(trainer), "ema")
+    weights, kept = present_weights(trainer), averages(optimizer_of(trainer), "ema")
     trainer.evaluate()
     assert same(trainer.seen[-1], [average.to(dtype) for average in kept])
-    assert same(weights_of(trainer), [weight.to(dtype) for weight in weights])
+    assert same(present_weights(trainer), [weight.to(dtype) for weight in weights])
     assert same(averages(optimizer_of(trainer), "ema"), kept)
 
 
@@ -701,7 +647,7 @@ def test_a_class_or_a_factory_makes_the_averaging_optimizer(kind: str, tmp_path:
     plain.train()
     trainer = start(classes()[kind], tmp_path, **SAVING)
     trainer.train()
-    assert same(weights_of(trainer), weights_of(plain))
+    assert same(present_weights(trainer), present_weights(plain))
     trainer.evaluate()
     averaged = optimizer_of(trainer).averaged_model(trainer.model)
     assert same(trainer.seen[-1], averaged.parameters())

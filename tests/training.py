@@ -40,6 +40,9 @@ DTYPES = [
 ]
 
 
+TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
+
+
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """Return the same model of four parameters at each call."""
     torch.manual_seed(0)
@@ -79,6 +82,10 @@ def first_layer(model: nn.Sequential) -> nn.Linear:
     layer = model[0]
     assert isinstance(layer, nn.Linear)
     return layer
+
+
+def weights_of(optimizer: Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:
@@ -157,11 +164,14 @@ def through_pickle(thing: Any) -> Any:
 
 def averages(optimizer: AveragingOptimizer, name: str) -> list[Tensor]:
     """Return the averages of all parameters, in the order of the state dict."""
-    state_dict, key = optimizer.state_dict(), f"averaged_{name}"
+    return saved_averages(optimizer.state_dict(), name)
+
+
+def saved_averages(state_dict: dict[str, Any], name: str) -> list[Tensor]:
     # Of parameters of which the wrapped optimizer keeps nothing, as LBFGS of all but one.
     apart = state_dict.get("averaged_parameters", {})
     entries = {**state_dict["state"], **{index: apart[index] for index in apart if apart[index]}}
-    return [entries[index][key].clone() for index in sorted(entries)]
+    return [entries[index][f"averaged_{name}"].clone() for index in sorted(entries)]
 
 
 def everything(model: nn.Module, optimizer: AveragingOptimizer) -> list[Tensor]:

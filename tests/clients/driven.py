@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from training import everything, recurrence, same, values
+from training import everything, recurrence, same, values, weights_of
 
 from averaging_optim import EMA, AveragingOptimizer
 
@@ -109,10 +109,6 @@ def check_resumed(resumed: Run, whole: Run) -> None:
     assert same(
         everything(resumed.model, resumed.optimizer), everything(whole.model, whole.optimizer)
     )
-
-
-def weights_of(optimizer: Optimizer) -> list[Tensor]:
-    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 @torch.no_grad()

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_transformers import DATA, arguments_for, language_model
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from training import values
 from transformers import Trainer, TrainerCallback
+from transformers_runs import DATA, arguments_for, language_model
 from trl import BEMACallback
 
 from averaging_optim import EMA, AveragingOptimizer, Formula, Rule

@@ -1,0 +1,35 @@
+"""A model of which a part is averaged, and what models are wrapped in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank update that is trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(3, 2).requires_grad_(False)
+        self.down, self.up = nn.Linear(3, 1, bias=False), nn.Linear(1, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x) + self.up(self.down(x))
+        return result
+
+
+def in_ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(model)
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_ddp(model: nn.Module) -> nn.Module:
+    return DistributedDataParallel(compiled(model))
