@@ -17,12 +17,14 @@ from training import (
     EVERY_RULE,
     averages,
     averaging_sgd,
+    fill,
     first_layer,
     model_with_batch_norm,
     recurrence,
     same,
     small_model,
     train,
+    update_with,
     values,
 )
 
@@ -127,11 +129,10 @@ def test_every_and_start_choose_the_snapshots() -> None:
 def test_t_adema_counts_updates_and_not_tensors() -> None:
     many = [nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(20)]
     optimizer = AveragingOptimizer(SGD(many, lr=1.0), T_ADEMA(alpha=0.9, timescale=10))
-    for value in (0.0, 1.0):
-        with torch.no_grad():
-            for weight in many:
-                weight.fill_(value)
-        optimizer.update_averages()
+    optimizer.update_averages()
+    for weight in many:
+        fill(weight, 1.0)
+    optimizer.update_averages()
     expected = torch.full((1,), 1 - 0.9 * math.tanh(1 / 10), dtype=torch.float64)
     assert same(averages(optimizer, "t_adema"), [expected] * 20)
 
@@ -199,8 +200,7 @@ def test_float32_averages_of_bfloat16_weights_do_not_stand_still() -> None:
     weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     optimizer = AveragingOptimizer(SGD([weight], lr=0.1), EMA(decay=0.9999))
     optimizer.update_averages()
-    with torch.no_grad():
-        weight.fill_(1)
+    fill(weight, 1.0)
     for _ in range(2000):
         optimizer.update_averages()
     # 2,000 float32 roundings of at most 2⁻²⁵ each; bfloat16 stands still far below.
@@ -246,10 +246,7 @@ def average_of(rule: Rule, snapshots: list[float]) -> float:
     """Return the average the optimizer keeps of one float64 weight with these values."""
     weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     optimizer = AveragingOptimizer(SGD([weight], lr=0.1), {"one": rule})
-    for value in snapshots:
-        with torch.no_grad():
-            weight.fill_(value)
-        optimizer.update_averages()
+    update_with(optimizer, weight, *snapshots)
     return averages(optimizer, "one")[0].item()
 
 
@@ -303,10 +300,7 @@ def test_a_function_of_the_number_of_updates_is_a_rule() -> None:
 
     optimizer = AveragingOptimizer(SGD([weight], lr=0.1), halved)
     assert optimizer.rules == {"halved": Formula(halved)}
-    for value in (8.0, 0.0, 0.0):
-        with torch.no_grad():
-            weight.fill_(value)
-        optimizer.update_averages()
+    update_with(optimizer, weight, 8.0, 0.0, 0.0)
     # Of 8, half is left by the second update and three quarters of that by the third.
     assert averages(optimizer, "halved")[0].item() == 3
     named = AveragingOptimizer(SGD([weight], lr=0.1), {"mine": halved, "ema": EMA()})
@@ -402,9 +396,7 @@ def test_groups_that_change_places_in_averaging_are_averaged_as_they_say_now() -
     for averaged, value in enumerate((4.0, 8.0)):
         for i, group in enumerate(optimizer.param_groups):
             group["average"] = i == averaged
-        with torch.no_grad():
-            weights[averaged].fill_(value)
-        optimizer.update_averages()
+        update_with(optimizer, weights[averaged], value)
     assert same(averages(optimizer, "ema"), [torch.full((1,), 4.0)])
     assert optimizer.state[weights[0]]["averaged_ema"].item() == 2
 
@@ -415,10 +407,7 @@ def test_an_average_that_was_deleted_is_made_and_averaged_anew() -> None:
     optimizer.update_averages()
     optimizer.update_averages()
     del optimizer.state[weight]["averaged_ema"]
-    for value in (5.0, 9.0):
-        with torch.no_grad():
-            weight.fill_(value)
-        optimizer.update_averages()
+    update_with(optimizer, weight, 5.0, 9.0)
     assert optimizer.state[weight]["averaged_ema"].item() == 7
 
 

@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
-from training import averaging_sgd, first_layer, frozen, same, share, small_model, train, values
+from training import (
+    averaging_sgd,
+    fill,
+    first_layer,
+    frozen,
+    same,
+    share,
+    small_model,
+    train,
+    values,
+)
 
 from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Rule
 
@@ -27,11 +37,6 @@ def two_weights(
 ) -> tuple[nn.Parameter, nn.Parameter, AveragingOptimizer]:
     weights = nn.Parameter(number(first)), nn.Parameter(number(second))
     return *weights, AveragingOptimizer(SGD(weights, lr=0.1), rules, **options)
-
-
-def fill(weight: Tensor, value: float) -> None:
-    with torch.no_grad():
-        weight.fill_(value)
 
 
 def kept_of(optimizer: AveragingOptimizer, index: int) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from training import (
     same,
     small_model,
     train,
+    update_with,
     values,
 )
 
@@ -397,9 +398,7 @@ def test_a_parameter_that_is_twice_in_a_group_is_averaged_once() -> None:
     with pytest.warns(UserWarning, match="duplicate parameters"):
         sgd = SGD([weight, weight], lr=0.1)
     optimizer = AveragingOptimizer(sgd, EMA(0.5))
-    for value in (0.0, 8.0):
-        weight.data.fill_(value)
-        optimizer.update_averages()
+    update_with(optimizer, weight, 0.0, 8.0)
     assert optimizer.state[weight]["averaged_ema"].item() == 4
     with optimizer.swap_to_averaged():
         assert weight.item() == 4

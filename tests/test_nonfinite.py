@@ -21,6 +21,7 @@ from training import (
     small_model,
     through_pickle,
     train,
+    update_with,
     values,
 )
 
@@ -37,7 +38,7 @@ def two_weights(
     return weights, AveragingOptimizer(SGD(weights, lr=0.1), rules, **options)
 
 
-def put(weight: Tensor, value: float) -> None:
+def set_last(weight: Tensor, value: float) -> None:
     with torch.no_grad():
         weight.view(-1)[-1] = value
 
@@ -54,8 +55,8 @@ def test_an_update_with_a_bad_weight_is_skipped_for_the_whole_model(
     weights, optimizer = two_weights(dtype, skip_nonfinite=True)
     optimizer.update_averages()
     before = averages(optimizer, "ema") + averages(optimizer, "swa")
-    put(weights[0], 5.0)
-    put(weights[1], bad)
+    set_last(weights[0], 5.0)
+    set_last(weights[1], bad)
     optimizer.step()
     optimizer.update_averages("swa")
     assert same(averages(optimizer, "ema") + averages(optimizer, "swa"), before)
@@ -66,7 +67,7 @@ def test_an_update_with_a_bad_weight_is_skipped_for_the_whole_model(
 def test_averaging_goes_on_when_the_weights_are_finite_again() -> None:
     weights, optimizer = two_weights(skip_nonfinite=True)
     for value in (1.0, math.nan, 4.0):
-        put(weights[1], value)
+        set_last(weights[1], value)
         optimizer.update_averages()
     assert same(averages(optimizer, "swa"), [torch.ones(2), torch.tensor(2.5)])
     assert counters(optimizer) == {"n_averaged_ema": 2, "n_averaged_swa": 2, "n_skipped": 1}
@@ -74,9 +75,9 @@ def test_averaging_goes_on_when_the_weights_are_finite_again() -> None:
 
 def test_a_first_average_waits_for_finite_weights() -> None:
     weights, optimizer = two_weights(skip_nonfinite=True)
-    put(weights[1], math.nan)
+    set_last(weights[1], math.nan)
     optimizer.update_averages()
-    put(weights[1], 3.0)
+    set_last(weights[1], 3.0)
     optimizer.update_averages()
     assert same(averages(optimizer, "ema"), weights)
     assert counters(optimizer) == {"n_averaged_ema": 1, "n_averaged_swa": 1, "n_skipped": 1}
@@ -85,7 +86,7 @@ def test_a_first_average_waits_for_finite_weights() -> None:
 def test_it_is_off_by_default_and_then_a_bad_weight_enters_the_average() -> None:
     weights, optimizer = two_weights()
     optimizer.update_averages()
-    put(weights[1], math.nan)
+    set_last(weights[1], math.nan)
     optimizer.update_averages()
     assert averages(optimizer, "swa")[1].isnan()
     assert counters(optimizer) == {"n_averaged_ema": 2, "n_averaged_swa": 2, "n_skipped": 0}
@@ -131,7 +132,7 @@ def test_no_finite_weight_overflows_an_average(
     below = below if below.double() <= limit else torch.nextafter(below, torch.zeros_like(below))
     above = torch.nextafter(below, torch.full_like(below, math.inf))
     for value in (below, -below, above, below, -above, -below):
-        put(weight, value.item())
+        set_last(weight, value.item())
         optimizer.update_averages()
         assert all(each.isfinite().all() for each in averages(optimizer, "ema"))
     assert counters(optimizer) == {"n_averaged_ema": 4, "n_averaged_swa": 4, "n_skipped": 2}
@@ -140,7 +141,7 @@ def test_no_finite_weight_overflows_an_average(
 def test_the_count_is_saved_and_loaded_and_absent_in_older_checkpoints() -> None:
     weights, optimizer = two_weights(skip_nonfinite=True)
     optimizer.update_averages()
-    put(weights[0], math.nan)
+    set_last(weights[0], math.nan)
     optimizer.update_averages()
     saved = optimizer.state_dict()
     _, resumed = two_weights(skip_nonfinite=True)
@@ -173,7 +174,7 @@ def sharded_with_one_bad_element() -> tuple[list[Tensor], dict[str, int]]:
     before = [average.full_tensor() for average in kept]
     mine: Any = next(model.parameters())
     if mine.device_mesh.get_rank() == 0:
-        put(mine.to_local(), math.nan)
+        set_last(mine.to_local(), math.nan)
     optimizer.update_averages()
     after = [average.full_tensor() for average in kept]
     assert same(after, before)
@@ -205,10 +206,7 @@ def test_what_is_no_bool_is_refused(value: Any) -> None:
 def test_a_decay_of_1_keeps_the_first_weights_whatever_comes(value: float) -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = AveragingOptimizer(SGD([weight], lr=0.1), EMA(decay=1.0))
-    optimizer.update_averages()
-    with torch.no_grad():
-        weight.fill_(value)
-    optimizer.update_averages()
+    update_with(optimizer, weight, 1.0, value)
     assert same([optimizer.state[weight]["averaged_ema"]], [torch.ones(2)])
     assert optimizer.param_groups[0]["n_averaged_ema"] == 2
 
@@ -246,7 +244,7 @@ def with_one_that_came_later(
     first, later = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = AveragingOptimizer(SGD([first], lr=0.1), THREE_RULES, skip_nonfinite=True)
     optimizer.update_averages()
-    put(later, bad)
+    set_last(later, bad)
     way(optimizer, later)
     optimizer.update_averages()
     return [first, later], optimizer
@@ -269,8 +267,8 @@ def test_a_weight_that_comes_while_it_is_not_finite_is_averaged_from_its_first_f
     former = optimizer.n_averaged("swa")
     assert optimizer.param_groups[0]["n_skipped"] == 1
     for value in (4.0, 8.0, 16.0):
-        put(later, value)
-        put(first, value)
+        set_last(later, value)
+        set_last(first, value)
         optimizer.update_averages()
     expected = expected_averages(former, [4.0, 8.0, 16.0])
     for name in THREE_RULES:
@@ -304,8 +302,8 @@ def test_a_run_that_is_resumed_while_a_new_weight_is_not_finite_goes_on_as_if_it
     others, other = act(weights, optimizer)
     assert frozen(other.state_dict()) == frozen(optimizer.state_dict())
     for value in (math.inf, 4.0, 8.0):
-        put(weights[1], value)
-        put(others[1], value)
+        set_last(weights[1], value)
+        set_last(others[1], value)
         optimizer.update_averages()
         other.update_averages()
     assert frozen(other.state_dict()) == frozen(optimizer.state_dict())
@@ -315,7 +313,7 @@ def test_a_run_that_is_resumed_while_a_new_weight_is_not_finite_goes_on_as_if_it
 
 def test_under_the_swap_a_weight_that_was_never_finite_is_none_of_the_others_trouble() -> None:
     (first, later), optimizer = with_one_that_came_later(add_group, math.nan)
-    put(later, 4.0)
+    set_last(later, 4.0)
     with optimizer.swap_to_averaged("swa"):
         assert same([first], [torch.ones(2)])
     assert same([later], [torch.tensor([1.0, 4.0])])
@@ -340,9 +338,7 @@ def of_eight_bits(dtype: torch.dtype, **options: Any) -> tuple[Tensor, Averaging
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_weights_of_eight_bits_have_float32_averages(dtype: torch.dtype, skip: bool) -> None:
     weight, optimizer = of_eight_bits(dtype, skip_nonfinite=skip)
-    for value in (2.0, 4.0, 8.0):
-        weight.data.fill_(value)
-        optimizer.update_averages()
+    update_with(optimizer, weight, 2.0, 4.0, 8.0)
     saved = copy.deepcopy(optimizer.state_dict())
     expected = [torch.full((3,), value) for value in (5.5, 6.0)]
     assert same([averages(optimizer, "ema")[0], averages(optimizer, "last")[0]], expected)
@@ -357,9 +353,7 @@ def test_weights_of_eight_bits_have_float32_averages(dtype: torch.dtype, skip: b
 @pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
 def test_a_weight_of_eight_bits_that_is_not_a_number_is_skipped(dtype: torch.dtype) -> None:
     weight, optimizer = of_eight_bits(dtype, skip_nonfinite=True)
-    optimizer.update_averages()
-    weight.data.fill_(math.nan)
-    optimizer.update_averages()
+    update_with(optimizer, weight, 1.0, math.nan)
     assert same(averages(optimizer, "ema"), [torch.ones(3)])
     assert optimizer.param_groups[0]["n_skipped"] == 1
 

@@ -12,6 +12,7 @@ from torch.optim import SGD
 from training import (
     averages,
     averaging_sgd,
+    fill,
     first_layer,
     frozen,
     model_with_batch_norm,
@@ -19,6 +20,7 @@ from training import (
     same,
     small_model,
     train,
+    update_with,
     values,
 )
 
@@ -181,7 +183,7 @@ def nothing(optimizer: AveragingOptimizer, weight: Tensor) -> None:
 
 def one_update(optimizer: AveragingOptimizer, weight: Tensor) -> None:
     optimizer.update_averages()
-    weight.data.fill_(5)
+    fill(weight, 5.0)
 
 
 @pytest.mark.parametrize("before", [nothing, one_update])
@@ -194,8 +196,7 @@ def test_to_restart_early_or_twice_is_to_restart(
     optimizer.restart()
     optimizer.restart()
     assert optimizer.n_averaged() == 0
-    weight.data.fill_(8)
-    optimizer.update_averages()
+    update_with(optimizer, weight, 8.0)
     assert same([optimizer.state[weight]["averaged_swa"]], [torch.tensor([8.0])])
 
 

@@ -17,6 +17,7 @@ from training import (
     same,
     small_model,
     train,
+    update_with,
     values,
 )
 
@@ -46,10 +47,7 @@ def test_lawa_is_swa_of_the_last_k_weights_bit_for_bit(dtype: torch.dtype) -> No
 def test_a_window_forgets_what_was_not_finite() -> None:
     weight = nn.Parameter(torch.zeros(1))
     optimizer = AveragingOptimizer(SGD([weight], lr=1.0), LAWA(k=2))
-    for value in (1.0, torch.inf, 3.0, 5.0):
-        with torch.no_grad():
-            weight.fill_(value)
-        optimizer.update_averages()
+    update_with(optimizer, weight, 1.0, torch.inf, 3.0, 5.0)
     assert averages(optimizer, "lawa") == [4.0]
 
 
@@ -111,9 +109,7 @@ def test_weights_that_are_added_had_always_their_present_values() -> None:
     train(model, optimizer, 5)
     added = nn.Parameter(torch.full((1,), 6.0))
     optimizer.add_param_group({"params": [added]})
-    with torch.no_grad():
-        added.fill_(9.0)
-    optimizer.update_averages()
+    update_with(optimizer, added, 9.0)
     assert optimizer.state[added]["averaged_lawa"].item() == 7
 
 
@@ -193,9 +189,7 @@ def test_a_rule_of_ones_own_may_be_over_the_last_weights() -> None:
     optimizer = AveragingOptimizer(SGD([weight], lr=1.0), Fading())
     found: list[Tensor] = []
     for value in (4.0, 8.0, 16.0, 32.0, 64.0):
-        with torch.no_grad():
-            weight.fill_(value)
-        optimizer.update_averages()
+        update_with(optimizer, weight, value)
         found += averages(optimizer, "fading")
     # The last three: (4 + 8) / 2 and a quarter toward 16, (8 + 16) / 2 and a quarter toward 32, …
     assert [each.item() for each in found] == [4, 6, 8.5, 17, 34]

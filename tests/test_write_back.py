@@ -12,6 +12,7 @@ from torch.optim import SGD, Adam, Optimizer
 from training import (
     averages,
     averaging_sgd,
+    fill,
     loss_of_batch,
     model_with_batch_norm,
     recurrence,
@@ -178,8 +179,7 @@ def test_the_step_that_initialises_the_state_is_no_beginning() -> None:
     weight.grad = torch.zeros(1)
     optimizer.step()
     assert optimizer.param_groups[0]["n_averaged_lookahead"] == 0
-    with torch.no_grad():
-        weight.fill_(4)
+    fill(weight, 4.0)
     weight.grad = -torch.ones(1)
     optimizer.param_groups[0]["lr"] = 2.0
     optimizer.step()  # 4 → 6

@@ -100,6 +100,18 @@ def loss_of_batch(model: nn.Module, number: int) -> Tensor:
     return loss
 
 
+def fill(weight: Tensor, value: float) -> None:
+    with torch.no_grad():
+        weight.fill_(value)
+
+
+def update_with(optimizer: AveragingOptimizer, weight: Tensor, *present: float) -> None:
+    """Give the weight each value in turn, and update the averages with it."""
+    for value in present:
+        fill(weight, value)
+        optimizer.update_averages()
+
+
 def values(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
