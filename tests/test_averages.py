@@ -15,12 +15,12 @@ from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from training import (
     EVERY_RULE,
+    assert_averages_of,
     averages,
     averaging_sgd,
     fill,
     first_layer,
     model_with_batch_norm,
-    recurrence,
     same,
     small_model,
     train,
@@ -384,8 +384,7 @@ def test_weights_that_change_between_updates_are_averaged_as_they_are_now(
                 weight.mul_(2)
         snapshots.append([weight.float() for weight in values(model.parameters())])
         optimizer.update_averages()
-    for name, rule in rules.items():
-        assert same(averages(optimizer, name), recurrence(rule, snapshots))
+    assert_averages_of(optimizer, snapshots)
 
 
 def test_groups_that_change_places_in_averaging_are_averaged_as_they_say_now() -> None:
@@ -430,8 +429,7 @@ def test_averages_of_tensors_of_all_sizes_and_layouts_are_the_same_in_pieces(
                 weight.add_(torch.randn_like(weight))
         snapshots.append([weight.detach().float() for weight in values(weights)])
         optimizer.update_averages()
-    for name, rule in rules.items():
-        assert same(averages(optimizer, name), recurrence(rule, snapshots))
+    assert_averages_of(optimizer, snapshots)
 
 
 @pytest.mark.parametrize("share", [1.2, -0.1, math.nan])

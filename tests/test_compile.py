@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from training import (
-    averages,
+    assert_averages_of,
+    assert_same_averages,
+    assert_same_steps,
     averaging_sgd,
     everything,
     loss_of_batch,
-    recurrence,
     same,
     small_model,
     train,
@@ -87,8 +88,7 @@ def assert_compiled_alike(
         assert same(model.parameters(), bare_model.parameters())
         snapshots.append(values(model.parameters()))
         graphs.append(compiled.graphs)
-    for name, rule in rules.items():
-        assert same(averages(optimizer, name), recurrence(rule, snapshots))
+    assert_averages_of(optimizer, snapshots)
     return graphs
 
 
@@ -116,8 +116,7 @@ def test_a_compiled_step_equals_the_eager_one_bit_for_bit() -> None:
             loss_of_batch(model, number).backward()
             step()
     assert same(models[0].parameters(), models[1].parameters())
-    for name in RULES["all"]:
-        assert same(averages(eager, name), averages(optimizer, name))
+    assert_same_averages(eager, optimizer)
 
 
 with_compiler = pytest.mark.skipif(
@@ -227,10 +226,8 @@ def test_a_train_step_that_is_compiled_whole_trains_as_without_the_wrapper_and_a
     snapshots = train_by(torch.compile(whole_step(model, optimizer), **options), model)
     torch._dynamo.reset()
     expected = train_by(torch.compile(whole_step(bare_model, bare), **options), bare_model)
-    for step, expected_step in zip(snapshots, expected, strict=True):
-        assert same(step, expected_step)
-    for name, rule in RULES["all"].items():
-        assert same(averages(optimizer, name), recurrence(rule, [s[1:] for s in snapshots]))
+    assert_same_steps(snapshots, expected)
+    assert_averages_of(optimizer, [s[1:] for s in snapshots])
 
 
 @pytest.mark.parametrize("options", BACKENDS[:2])
@@ -239,10 +236,8 @@ def test_a_train_step_that_is_compiled_whole_equals_the_eager_one(options: dict[
     eager, optimizer = (AveragingOptimizer(sgd(model), RULES["all"]) for model in models)
     expected = train_by(whole_step(models[0], eager), models[0])
     snapshots = train_by(torch.compile(whole_step(models[1], optimizer), **options), models[1])
-    for step, expected_step in zip(snapshots, expected, strict=True):
-        assert same(step, expected_step)
-    for name in RULES["all"]:
-        assert same(averages(optimizer, name), averages(eager, name))
+    assert_same_steps(snapshots, expected)
+    assert_same_averages(optimizer, eager)
 
 
 @pytest.mark.parametrize("is_wrapped", [False, True], ids=["bare", "wrapped"])

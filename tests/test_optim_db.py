@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.testing._internal.common_optimizers import OptimizerInfo, optim_db
-from training import as_it_is, averages, recurrence, same, through_pickle, values
+from training import (
+    as_it_is,
+    assert_averages_of,
+    assert_same_averages,
+    assert_same_steps,
+    through_pickle,
+    values,
+)
 
 from averaging_optim import EMA, SWA, T_ADEMA, AveragingOptimizer, Rule
 
@@ -179,8 +186,7 @@ def assert_same_training(case: Case, *runs: tuple[list[nn.Parameter], Optimizer]
     """Go on from step 3 with each run, and compare the weights and losses of every step."""
     first, *others = [train(case, weights, optimizer, 3, first=3) for weights, optimizer in runs]
     for other in others:
-        for step, expected in zip(other, first, strict=True):
-            assert same(step, expected)
+        assert_same_steps(other, first)
 
 
 def test_every_optimizer_of_torch_is_there() -> None:
@@ -205,8 +211,7 @@ def test_weights_and_losses_are_those_of_the_bare_optimizer(case: Case, with_clo
     bare_weights, weights = weights_for(case), weights_for(case)
     expected = train(case, bare_weights, bare(case, bare_weights), 6, with_closure=with_closure)
     history = train(case, weights, wrapped(case, weights), 6, with_closure=with_closure)
-    for step, expected_step in zip(history, expected, strict=True):
-        assert same(step, expected_step)
+    assert_same_steps(history, expected)
 
 
 @taken
@@ -214,8 +219,7 @@ def test_averages_are_the_recurrence_over_the_weights(case: Case) -> None:
     weights = weights_for(case)
     optimizer = wrapped(case, weights)
     snapshots = [step[:-1] for step in train(case, weights, optimizer, 6)]
-    for name, rule in RULES.items():
-        assert same(averages(optimizer, name), recurrence(rule, snapshots))
+    assert_averages_of(optimizer, snapshots)
 
 
 @taken
@@ -259,13 +263,6 @@ def test_copies_go_on_alike(case: Case, duplicate: Any) -> None:
     copied_weights, copied = duplicate((weights, optimizer))
     assert_same_training(case, (weights, optimizer), (copied_weights, copied))
     assert_same_averages(copied, optimizer)
-
-
-def assert_same_averages(optimizer: Optimizer, expected: Optimizer) -> None:
-    assert isinstance(optimizer, AveragingOptimizer)
-    assert isinstance(expected, AveragingOptimizer)
-    for name in RULES:
-        assert same(averages(optimizer, name), averages(expected, name))
 
 
 @taken

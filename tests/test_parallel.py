@@ -41,6 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import (
+    assert_same_steps,
     averaging_sgd,
     frozen,
     gradients_of,
@@ -155,8 +156,7 @@ def tensor_parallel_model() -> nn.Module:
 
 
 def assert_same_life(life: Life, expected: Life) -> None:
-    for step, expected_step in zip(life["snapshots"], expected["snapshots"], strict=True):
-        assert same(step, expected_step)
+    assert_same_steps(life["snapshots"], expected["snapshots"])
     for name in expected["averages"]:
         assert same(life["averages"][name], expected["averages"][name])
         assert same(life["inside"][name], expected["averages"][name])

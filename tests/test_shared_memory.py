@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from training import averages, frozen, recurrence, same, small_model, train, values
+from training import (
+    assert_same_steps,
+    averages,
+    frozen,
+    recurrence,
+    same,
+    small_model,
+    train,
+    values,
+)
 
 from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Lookahead, Rule
 
@@ -98,8 +107,7 @@ def test_what_shares_memory_is_trained_averaged_and_swapped_as_if_it_did_not(
     bare_held = [*dict.fromkeys(bare_weights), *bare_buffers]
     expected = train_sharing(SGD(bare_weights, lr=0.1), bare_weights, bare_held)
     snapshots = train_sharing(optimizer, made[0], held)
-    for step, expected_step in zip(snapshots, expected, strict=True):
-        assert same(step, expected_step)
+    assert_same_steps(snapshots, expected)
     optimizer.update_averages()
     averaged = recurrence(RULE, [*expected, expected[-1]])
     state = frozen(optimizer.state_dict())
@@ -128,8 +136,7 @@ def test_an_average_is_written_back_into_shared_memory_once(make: Callable[[], S
 
     bare.register_step_post_hook(look_ahead)
     expected = train_sharing(bare, bare_weights, bare_held)
-    for step, expected_step in zip(train_sharing(optimizer, made[0], held), expected, strict=True):
-        assert same(step, expected_step)
+    assert_same_steps(train_sharing(optimizer, made[0], held), expected)
 
 
 @in_place

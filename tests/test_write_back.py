@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from training import (
+    assert_same_steps,
     averages,
     averaging_sgd,
     fill,
@@ -91,8 +92,7 @@ def test_lookahead_with_alpha_1_leaves_training_as_it_is() -> None:
     plain, ahead = small_model(), small_model()
     expected = train(plain, OPTIMIZERS["adam"](plain.parameters()), STEPS)
     optimizer = AveragingOptimizer(OPTIMIZERS["adam"](ahead.parameters()), Lookahead(alpha=1))
-    for step, weights in enumerate(train(ahead, optimizer, STEPS)):
-        assert same(weights, expected[step])
+    assert_same_steps(train(ahead, optimizer, STEPS), expected)
 
 
 @pytest.mark.parametrize(

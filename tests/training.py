@@ -144,6 +144,25 @@ def share(rule: Rule, n: int) -> float:
     return 1 / (n + 1)
 
 
+def assert_same_steps(found: Iterable[Any], expected: Iterable[Any]) -> None:
+    """Check what there was after each of as many steps, bit for bit."""
+    for step, expected_step in zip(found, expected, strict=True):
+        assert same(step, expected_step)
+
+
+def assert_same_averages(optimizer: Optimizer, expected: Optimizer) -> None:
+    assert isinstance(optimizer, AveragingOptimizer)
+    assert isinstance(expected, AveragingOptimizer)
+    for name in expected.rules:
+        assert same(averages(optimizer, name), averages(expected, name)), name
+
+
+def assert_averages_of(optimizer: AveragingOptimizer, snapshots: list[list[Tensor]]) -> None:
+    """Check all averages against the recurrence over the weights after each step."""
+    for name, rule in optimizer.rules.items():
+        assert same(averages(optimizer, name), recurrence(rule, snapshots)), name
+
+
 UNIT = st.floats(0, 1)
 READING_RULES: st.SearchStrategy[Rule] = st.one_of(
     st.builds(EMA, UNIT),
