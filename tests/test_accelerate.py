@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState
+from accelerate_state import forget_accelerators
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -28,9 +28,7 @@ BATCHES = 6
 
 @pytest.fixture(autouse=True)
 def _accelerate_as_in_a_new_process() -> None:
-    # An Accelerator of other arguments is refused while one is remembered.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerators()
 
 
 @dataclass

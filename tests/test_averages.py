@@ -97,23 +97,30 @@ def test_float32_averages_equal_those_of_torch_bit_for_bit(rule: Rule, multi_avg
         pytest.param(SWA(start=STEPS - 1), -1, id="one_update_is_the_present"),
     ],
 )
-def test_limits_are_exact(rule: Rule, snapshot: int) -> None:
+def test_an_average_at_the_limit_of_its_rule_is_the_first_or_the_present_weights(
+    rule: Rule, snapshot: int
+) -> None:
     model = small_model()
     optimizer = averaging_sgd(model, {"one": rule})
     snapshots = train(model, optimizer, STEPS)
     assert same(averages(optimizer, "one"), snapshots[snapshot])
 
 
-def test_several_averages_of_one_run_are_what_each_is_alone() -> None:
-    rules: dict[str, Rule] = {"fast": EMA(0.5), "slow": EMA(0.99), "mean": SWA(start=4, every=2)}
-    model = small_model()
-    together = averaging_sgd(model, rules)
+THREE_RULES: dict[str, Rule] = {
+    "fast": EMA(0.5),
+    "slow": EMA(0.99),
+    "mean": SWA(start=4, every=2),
+}
+
+
+@pytest.mark.parametrize("name", THREE_RULES)
+def test_one_of_several_averages_is_what_it_is_alone(name: str) -> None:
+    model, other = small_model(), small_model()
+    together = averaging_sgd(model, THREE_RULES)
+    alone = averaging_sgd(other, {name: THREE_RULES[name]})
     train(model, together, STEPS)
-    for name, rule in rules.items():
-        model = small_model()
-        alone = averaging_sgd(model, {name: rule})
-        train(model, alone, STEPS)
-        assert same(averages(together, name), averages(alone, name)), name
+    train(other, alone, STEPS)
+    assert same(averages(together, name), averages(alone, name))
 
 
 def test_every_and_start_choose_the_snapshots() -> None:
@@ -229,14 +236,13 @@ def test_averages_live_on_the_device_asked_for() -> None:
     assert optimizer.state[weight]["averaged_ema"].device.type == "meta"
 
 
-def test_the_mean_over_ten_thousand_constant_updates_is_the_constant() -> None:
+@pytest.mark.parametrize("rule", [EMA(0.9), SWA(), T_ADEMA(0.9, 100)], ids=repr)
+def test_an_average_over_ten_thousand_updates_of_a_constant_is_the_constant(rule: Rule) -> None:
     weight = nn.Parameter(torch.tensor([0.1, 1 / 3, 1e30]))
-    rules: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(), "t_adema": T_ADEMA(0.9, 100)}
-    optimizer = AveragingOptimizer(SGD([weight], lr=0.1), rules)
+    optimizer = AveragingOptimizer(SGD([weight], lr=0.1), {"one": rule})
     for _ in range(10_000):
         optimizer.update_averages()
-    for name in rules:
-        assert same(averages(optimizer, name), [weight]), name
+    assert same(averages(optimizer, "one"), [weight])
 
 
 SNAPSHOTS = st.lists(st.floats(-1000, 1000), min_size=1, max_size=20)

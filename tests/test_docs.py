@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate_state import forget_accelerators
 from pages import OF_CLIENTS, PAGES, ROOT, blocks, broken_promises, run
 
 import averaging_optim
@@ -52,9 +52,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom_and_prints_what_it_says(
 ) -> None:
     if "torch.optim.Muon" in PAGES[page] and torch.__version__ < "2.9":
         pytest.skip("torch has Muon from 2.9 on")
-    # An Accelerator of other arguments is refused while one is remembered.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerators()
     run(PAGES[page], page)
     assert broken_promises(PAGES[page], capsys.readouterr().out) == []
 

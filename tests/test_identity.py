@@ -334,7 +334,7 @@ def test_groups_that_count_updates_of_an_average_that_is_not_there_are_told_and_
     assert same(averages(optimizer, "swa"), recurrence(SWA(), snapshots))
 
 
-def test_wrapping_again_begins_anew_and_the_former_wrapper_says_so() -> None:
+def test_wrapping_again_starts_new_averages() -> None:
     model = small_model()
     sgd = SGD(model.parameters(), lr=0.1)
     former = AveragingOptimizer(sgd, {"a": EMA(0.5)})
@@ -343,16 +343,26 @@ def test_wrapping_again_begins_anew_and_the_former_wrapper_says_so() -> None:
     snapshots = train(model, latter, 3, first=2)
     assert same(averages(latter, "swa"), recurrence(SWA(), snapshots))
     assert "n_averaged_a" not in sgd.param_groups[0]
-    for call in (former.step, former.state_dict, former.update_averages):
-        with pytest.raises(RuntimeError, match="wrapped optimizer has been wrapped again"):
-            call()
-    with (
-        latter.swap_to_averaged(),
-        pytest.raises(RuntimeError, match="not allowed inside `swap_to_averaged"),
-    ):
-        AveragingOptimizer(sgd, EMA())
     again = AveragingOptimizer(copy.deepcopy(sgd), EMA())
     assert again.param_groups[0]["n_averaged_ema"] == 0
+
+
+def test_wrapping_again_is_refused_inside_a_swap() -> None:
+    optimizer = averaging_sgd(small_model(), SWA())
+    with (
+        optimizer.swap_to_averaged(),
+        pytest.raises(RuntimeError, match="not allowed inside `swap_to_averaged"),
+    ):
+        AveragingOptimizer(optimizer.wrapped, EMA())
+
+
+@pytest.mark.parametrize("method", ["step", "state_dict", "update_averages"])
+def test_a_wrapper_whose_optimizer_was_wrapped_again_refuses_its_calls(method: str) -> None:
+    sgd = SGD(small_model().parameters(), lr=0.1)
+    former = AveragingOptimizer(sgd, {"a": EMA(0.5)})
+    AveragingOptimizer(sgd, SWA())
+    with pytest.raises(RuntimeError, match="wrapped optimizer has been wrapped again"):
+        getattr(former, method)()
 
 
 def by_the_wrapped(optimizer: AveragingOptimizer, group: dict[str, Any]) -> None:

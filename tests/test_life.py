@@ -573,7 +573,7 @@ TestLife = Life.TestCase
 TestLife.settings = settings(stateful_step_count=50)
 
 
-def test_it_is_tried_with_as_many_lives_as_said() -> None:
+def test_hypothesis_tries_200_or_20000_lives_of_50_events_each() -> None:
     """Another module's import may set the number, as that of torch's own tests does."""
     assert TestLife.settings.max_examples in (200, 20_000)
     assert TestLife.settings.stateful_step_count == 50

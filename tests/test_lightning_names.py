@@ -242,18 +242,19 @@ def test_a_hook_reads_the_metrics_of_its_own_pass() -> None:
     assert {each: metrics[f"same{each}"] for each in losses} == losses
 
 
+def rows_logged_with(callback: Callback, folder: Path) -> list[dict[str, str]]:
+    trainer = trainer_with(
+        callback, logger=CSVLogger(folder), log_every_n_steps=1, val_check_interval=3
+    )
+    fit(trainer, Module(TWO_RULES))
+    return rows_in(folder)
+
+
 def test_a_logger_has_all_metrics_of_a_validation_in_one_row_at_the_usual_step(
     tmp_path: Path,
 ) -> None:
-    rows: list[list[dict[str, str]]] = []
-    for callback in (of_several(), EvaluateAveraged("ema")):
-        folder = tmp_path / str(len(rows))
-        trainer = trainer_with(
-            callback, logger=CSVLogger(folder), log_every_n_steps=1, val_check_interval=3
-        )
-        fit(trainer, Module(TWO_RULES))
-        rows.append(rows_in(folder))
-    several, one = rows
+    several = rows_logged_with(of_several(), tmp_path / "several")
+    one = rows_logged_with(EvaluateAveraged("ema"), tmp_path / "one")
     assert [row["step"] for row in several] == [row["step"] for row in one]
     assert [set(row) for row in several] == [{"step", "epoch", "loss", "loss/ema", "loss/swa"}] * 4
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 from training import (
+    TWO_RULES,
     assert_same_steps,
     averages,
     frozen,
@@ -227,7 +228,7 @@ def test_averages_that_change_places_by_loading_do_not_overwrite_each_other(
 ) -> None:
     model = small_model()
     sgd = SGD(model.parameters(), lr=0.1)
-    optimizer = AveragingOptimizer(sgd, {"ema": EMA(0.9), "swa": SWA()})
+    optimizer = AveragingOptimizer(sgd, TWO_RULES)
     train(model, optimizer, 3)
     former = averages(optimizer, "ema"), averages(optimizer, "swa")
     state_dict = optimizer.state_dict()

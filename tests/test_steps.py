@@ -209,7 +209,7 @@ def fused(model: nn.Module, optimizer: Any) -> None:
     optimizer.fused_backward(loss_of_batch(model, 0), lr=0.1)
 
 
-def never_updated(model: nn.Module, optimizer: Any) -> None:
+def a_step(model: nn.Module, optimizer: Any) -> None:
     backward(model, 0)
     optimizer.step()
 
@@ -230,7 +230,7 @@ PAST: dict[str, tuple[Callable[[nn.Module], Any], EMA, Train, str]] = {
     ),
     "inner": (lambda m: SGD(m.parameters(), lr=0.1), EMA(), past_the_wrapper, "the `step` of the"),
     "inner_adam": (lambda m: Adam(m.parameters()), EMA(), past_the_wrapper, "the `step` of the"),
-    "on_demand": (lambda m: SGD(m.parameters()), EMA(every=None), never_updated, "`every=None`"),
+    "on_demand": (lambda m: SGD(m.parameters()), EMA(every=None), a_step, "`every=None`"),
 }
 USES: dict[str, Callable[[AveragingOptimizer, nn.Module], object]] = {
     "swap": lambda optimizer, model: optimizer.swap_to_averaged().__enter__(),
@@ -304,14 +304,9 @@ def load_into_the_wrapped(model: nn.Module, optimizer: Any) -> None:
     optimizer.wrapped.load_state_dict(saved.state_dict())
 
 
-def step_before_the_start(model: nn.Module, optimizer: Any) -> None:
-    backward(model, 0)
-    optimizer.step()
-
-
 @pytest.mark.parametrize(
     "act",
-    [do_nothing, load_weights, load_everything, load_into_the_wrapped, step_before_the_start],
+    [do_nothing, load_weights, load_everything, load_into_the_wrapped, a_step],
 )
 def test_what_is_no_training_past_step_stays_silent(act: Train) -> None:
     model = small_model()

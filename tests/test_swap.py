@@ -32,21 +32,21 @@ from training import (
 from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Lookahead, Rule
 
 
+@pytest.mark.parametrize("name", TWO_RULES)
 @pytest.mark.parametrize(("weights", "dtype"), DTYPES)
 def test_the_model_holds_the_average_inside_and_its_weights_outside(
-    weights: torch.dtype, dtype: torch.dtype | None
+    weights: torch.dtype, dtype: torch.dtype | None, name: str
 ) -> None:
     model = small_model(weights)
     optimizer = averaging_sgd(model, TWO_RULES, dtype=dtype)
     train(model, optimizer, 5)
     before = everything(model, optimizer)
     addresses = [p.data_ptr() for p in model.parameters()]
-    for name in TWO_RULES:
-        expected = [average.to(weights) for average in averages(optimizer, name)]
-        with optimizer.swap_to_averaged(name):
-            assert same(model.parameters(), expected)
-            assert [p.data_ptr() for p in model.parameters()] == addresses
-        assert same(everything(model, optimizer), before)
+    expected = [average.to(weights) for average in averages(optimizer, name)]
+    with optimizer.swap_to_averaged(name):
+        assert same(model.parameters(), expected)
+        assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert same(everything(model, optimizer), before)
 
 
 @pytest.mark.parametrize(("weights", "dtype"), DTYPES)

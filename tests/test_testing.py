@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate_state import forget_accelerators
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -268,8 +268,7 @@ def with_transformers(wrap: Wrap, steps: int, checkpoint: Any = None) -> tuple[n
 
 
 def with_accelerate(wrap: Wrap, steps: int, checkpoint: Any = None) -> tuple[nn.Module, Any]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerators()
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = small_model()
     data = TensorDataset(torch.arange(4 * steps))
