@@ -77,7 +77,7 @@ def test_buffers_that_are_trained_are_refused() -> None:
         averaging_sgd(model, EMA(), buffers=model.parameters())
 
 
-def test_what_is_no_optimizer_is_refused() -> None:
+def test_anything_but_an_optimizer_is_refused() -> None:
     model: Any = small_model()
     with pytest.raises(TypeError, match=r"`optimizer` must be a torch\.optim\.Optimizer, got Seq"):
         AveragingOptimizer(model, EMA())
@@ -97,7 +97,7 @@ def test_wrapping_twice_is_refused() -> None:
         AveragingOptimizer(optimizer, EMA())
 
 
-def test_an_average_flag_that_is_no_bool_is_refused_at_construction() -> None:
+def test_the_average_flag_of_a_group_must_be_a_bool() -> None:
     sgd = SGD([{"params": small_model().parameters(), "average": "no"}], lr=0.1)
     with pytest.raises(TypeError, match=r"`average` must be True or False, got 'no'\."):
         AveragingOptimizer(sgd, EMA())

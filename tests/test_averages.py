@@ -406,7 +406,7 @@ def test_groups_that_change_places_in_averaging_are_averaged_as_they_say_now() -
     assert optimizer.state[weights[0]]["averaged_ema"].item() == 2
 
 
-def test_an_average_that_was_deleted_is_made_and_averaged_anew() -> None:
+def test_an_average_that_was_deleted_starts_again_at_the_present_weights() -> None:
     weight = nn.Parameter(torch.ones(1))
     optimizer = AveragingOptimizer(SGD([weight], lr=0.1), EMA(0.5))
     optimizer.update_averages()

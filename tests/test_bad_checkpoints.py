@@ -372,7 +372,7 @@ def held_by(optimizer: Optimizer) -> list[Any]:
 # There is more to damage than other properties have to try.
 @settings(max_examples=15 * settings().max_examples)
 @given(start=st.sampled_from(RUNS), mutations=st.lists(MUTATIONS, min_size=1, max_size=3))
-def test_a_mutated_checkpoint_is_loaded_as_it_says_or_refused_by_name_with_nothing_changed(
+def test_a_mutated_checkpoint_loads_as_it_says_or_is_refused_and_changes_nothing(
     start: Start, mutations: list[Mutation]
 ) -> None:
     saved = saved_by(start)
@@ -439,7 +439,7 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("alteration", MESSAGES)
-def test_a_refused_average_is_told_by_what_it_is(alteration: str) -> None:
+def test_a_refusal_says_what_came_in_place_of_the_average(alteration: str) -> None:
     saved = saved_by(with_momentum)
     saved["state"][3]["averaged_ema"] = UNFITTING[alteration](saved["state"][3]["averaged_ema"])
     message = re.escape(f"`state[3]['averaged_ema']` must {MESSAGES[alteration]}")
@@ -488,7 +488,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
-def test_an_entry_that_is_no_dict_is_refused_for_any_parameter() -> None:
+def test_an_entry_must_be_a_dict_for_every_parameter() -> None:
     saved = saved_by(with_groups_of_one_shape)
     saved["state"][5] = []
     assert re.match(
@@ -505,7 +505,7 @@ def test_ambiguous_indices_and_counts_beyond_reason_are_refused(damage: str) -> 
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_anything_else_than_a_dict_is_refused(value: str) -> None:
+def test_anything_but_a_dict_is_refused(value: str) -> None:
     model, optimizer = to_load_into(with_momentum)
     before = trace_of(model, optimizer)
     with pytest.raises(ValueError, match=r"^`(state_dict|param_groups)` must be "):

@@ -233,7 +233,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_average_of_a_buffer_goes_on_under_its_name(change: Callable[[Layers], None]) -> None:
+def test_the_average_of_a_buffer_follows_its_name_whatever_tensor_has_it(
+    change: Callable[[Layers], None],
+) -> None:
     model = model_with_statistics()
     rules: dict[str, Rule] = {"ema": EMA(0.75), "swa": SWA()}
     optimizer = averaging(model, rules)
@@ -443,7 +445,7 @@ def test_resuming_equals_never_stopping(start: Callable[[], Run], tmp_path: Path
 
 
 @pytest.mark.parametrize("start", RUNS)
-def test_they_are_saved_under_the_names_that_they_have_in_the_model(
+def test_buffers_are_saved_under_the_names_that_they_have_in_the_model(
     start: Callable[[], Run],
 ) -> None:
     model, optimizer = start()
@@ -513,7 +515,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_names_and_values_that_do_not_fit_are_refused_and_nothing_changes(damage: str) -> None:
+def test_wrong_names_and_values_are_refused_and_change_nothing(damage: str) -> None:
     model, optimizer = with_statistics()
     train(model, optimizer, 3)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -627,7 +629,7 @@ def pickled(model: nn.Module, optimizer: AveragingOptimizer) -> Run:
 # torch refuses to pickle the modules of parametrizations.
 @pytest.mark.parametrize("copied", [deep_copied, pickled])
 @pytest.mark.parametrize("start", [with_statistics, with_snapshots, with_copied_buffers])
-def test_a_model_and_its_optimizer_are_copied_together_and_go_on_alike_and_apart(
+def test_a_model_copied_with_its_optimizer_trains_like_the_first_one_and_apart_from_it(
     start: Callable[[], Run], copied: Callable[[nn.Module, AveragingOptimizer], Run]
 ) -> None:
     model, optimizer = start()
@@ -825,7 +827,7 @@ def quantized() -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
 @pytest.mark.parametrize("make", [expanded, sparse, quantized])
-def test_a_buffer_whose_numbers_have_no_memory_of_their_own_is_refused_by_name(
+def test_an_expanded_sparse_or_quantized_buffer_is_refused(
     make: Callable[[], Tensor],
 ) -> None:
     model = small_model()
@@ -837,7 +839,7 @@ def test_a_buffer_whose_numbers_have_no_memory_of_their_own_is_refused_by_name(
         averaging(model, EMA())
 
 
-def test_a_trained_parameter_that_is_a_buffer_too_is_refused_by_name() -> None:
+def test_a_trained_parameter_that_is_a_buffer_too_is_refused() -> None:
     model = small_model()
     model[2].register_buffer("same", first_layer(model).weight)
     message = r"`buffers` must contain no trained parameter, got '2\.same'\."

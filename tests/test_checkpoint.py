@@ -233,7 +233,7 @@ def test_a_checkpoint_without_averages_loads_with_one_warning(wrapped: bool) -> 
     assert same(averages(optimizer, "ema"), model.parameters())
 
 
-def test_loading_a_checkpoint_without_averages_starts_those_that_are_there_afresh() -> None:
+def test_loading_a_checkpoint_without_averages_restarts_the_present_averages() -> None:
     model, optimizer = plain()
     train(model, optimizer, 3)
     saved = SGD(model.parameters(), lr=0.1).state_dict()
@@ -243,7 +243,7 @@ def test_loading_a_checkpoint_without_averages_starts_those_that_are_there_afres
     assert same(averages(optimizer, "t_adema"), model.parameters())
 
 
-def test_a_rule_that_the_checkpoint_does_not_know_starts_afresh() -> None:
+def test_a_rule_that_the_checkpoint_does_not_have_restarts() -> None:
     model = small_model()
     saved_from = averaging_sgd(model, EMA(0.9))
     train(model, saved_from, 3)
@@ -463,7 +463,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(damage: str) -> None:
+def test_a_damaged_checkpoint_is_refused_and_changes_nothing(damage: str) -> None:
     def build() -> Run:
         model = small_model()
         sgd = SGD(model.parameters(), lr=0.1, momentum=0.9)

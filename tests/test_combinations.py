@@ -162,7 +162,7 @@ def test_optimizers_together_have_the_sum_of_all() -> None:
     ],
     ids=["empty", "unknown", "text", "nan", "in_place"],
 )
-def test_what_is_no_sum_of_averages_is_refused(
+def test_anything_but_a_sum_of_averages_is_refused(
     factors: dict[str, Any], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     optimizer = averaging(small_model())

@@ -66,7 +66,7 @@ class TestOf:
     def test_a_closure_is_called(self) -> None:
         assert AveragingOptimizer.of(small_model(), EMA(0.9)).step(lambda: 2.5) == 2.5
 
-    def test_what_distributed_checkpoints_initialise_is_no_update(self) -> None:
+    def test_the_step_that_initialises_a_distributed_checkpoint_does_not_count(self) -> None:
         model = small_model()
         averaged = AveragingOptimizer.of(model, EMA(0.9))
         get_optimizer_state_dict(model, averaged)
@@ -155,7 +155,7 @@ def step_of_copies(model: nn.Module, copies: list[Tensor], optimizer: Optimizer)
 class TestMasterWeights:
     @pytest.mark.parametrize("copied", [in_float32, in_one_flat, of_the_first])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_training_copies_is_told_once(
+    def test_training_copies_warns_once(
         self, copied: Callable[[Optimizer], None], dtype: torch.dtype
     ) -> None:
         model = small_model(dtype)
@@ -170,7 +170,7 @@ class TestMasterWeights:
         with optimizer.swap_to_averaged():
             pass
 
-    def test_it_is_told_before_training_too(self) -> None:
+    def test_training_copies_warns_before_training_too(self) -> None:
         model = small_model()
         optimizer = averaging_sgd(model, EMA(0.9))
         in_one_flat(optimizer)
@@ -196,7 +196,9 @@ class TestMasterWeights:
             AveragingOptimizer(sgd, EMA(0.9), buffers=model)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_of_averages_the_model(self, dtype: torch.dtype) -> None:
+    def test_of_averages_the_model_however_its_weights_are_trained(
+        self, dtype: torch.dtype
+    ) -> None:
         model = small_model(dtype)
         sgd = SGD(model.parameters(), lr=0.125)
         in_one_flat(sgd)
@@ -258,7 +260,7 @@ class TestOtherParameters:
             pytest.param(lambda _, optimizer: pickle.loads(pickle.dumps(optimizer)), id="pickle"),
         ],
     )
-    def test_others_that_are_no_copies_are_not_told_of(
+    def test_other_parameters_that_are_not_copies_do_not_warn(
         self, changed: Callable[[nn.Sequential, Optimizer], AveragingOptimizer]
     ) -> None:
         model = small_model()
@@ -267,7 +269,7 @@ class TestOtherParameters:
         with optimizer.swap_to_averaged():  # a warning is an error here
             pass
 
-    def test_parameters_replaced_in_training_are_not_told_of(self) -> None:
+    def test_parameters_replaced_in_training_do_not_warn(self) -> None:
         model = small_model()
         optimizer = averaging_sgd(model, EMA(0.9))
         train(model, optimizer, 1)

@@ -104,7 +104,7 @@ def average_of(rule: Rule, life: str, present: list[float]) -> Tensor | None:
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("life", LIVES.values(), ids=LIVES)
-def test_an_average_begins_when_its_weight_is_first_trained_and_then_goes_on(
+def test_an_average_starts_when_its_weight_is_first_trained_and_continues_while_it_is_frozen(
     life: str, name: str
 ) -> None:
     """Also while it is frozen: the average then moves toward the value at which it is."""
@@ -197,7 +197,7 @@ def averaged(model: nn.Module, optimizer: AveragingOptimizer) -> dict[str, Any]:
 
 @ORDERS
 @pytest.mark.parametrize("inner", [SGD, Adam])
-def test_a_run_with_frozen_weights_goes_on_as_if_it_never_stopped(
+def test_resuming_with_frozen_weights_equals_never_stopping(
     inner: type[Optimizer], load: Loads
 ) -> None:
     model, optimizer = begin(inner, trains=False)
@@ -233,7 +233,7 @@ def test_a_run_whose_weights_are_unfrozen_when_it_is_loaded_is_one_that_unfroze_
 
 @ORDERS
 @pytest.mark.parametrize("inner", [SGD, Adam])
-def test_averages_of_weights_that_are_frozen_when_they_are_loaded_come_back_and_go_on(
+def test_averages_of_weights_that_are_frozen_when_they_are_loaded_come_back_and_continue(
     inner: type[Optimizer], load: Loads
 ) -> None:
     model, optimizer = begin(inner, trains=True)

@@ -320,9 +320,7 @@ def test_sam_around_it_saves_and_loads_and_averages_once_a_step(tmp_path: Path) 
     assert resumed.param_groups[0]["n_averaged_ema"] == 5
 
 
-def test_groups_that_count_updates_of_an_average_that_is_not_there_are_told_and_begin_anew() -> (
-    None
-):
+def test_counts_of_updates_without_an_average_are_warned_of_and_start_at_0() -> None:
     model = small_model()
     former = averaging_sgd(model, SWA())
     train(model, former, 3)
@@ -384,7 +382,7 @@ def by_assignment(optimizer: AveragingOptimizer, group: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("add", [by_the_wrapped, by_hand, in_front_by_hand, by_assignment])
 @pytest.mark.parametrize("saves_at_once", [True, False], ids=["save", "step"])
-def test_a_group_that_was_added_otherwise_is_averaged_and_counted(
+def test_a_group_added_past_the_wrapper_is_averaged_and_counted(
     add: Callable[[AveragingOptimizer, dict[str, Any]], None], saves_at_once: bool
 ) -> None:
     first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.full((1,), 8.0))
@@ -415,7 +413,7 @@ def test_a_parameter_that_is_twice_in_a_group_is_averaged_once() -> None:
     assert weight.item() == 8
 
 
-def test_a_weight_of_another_shape_starts_its_average_afresh() -> None:
+def test_a_weight_of_another_shape_restarts_its_average() -> None:
     weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = AveragingOptimizer(SGD(weights, lr=0.1), {"ema": EMA(0.5), "last": LAWA(k=2)})
     optimizer.update_averages()
@@ -428,7 +426,7 @@ def test_a_weight_of_another_shape_starts_its_average_afresh() -> None:
     assert same(averages(optimizer, "last"), expected)
 
 
-def test_a_property_of_the_wrapped_optimizer_that_raises_tells_its_own_reason() -> None:
+def test_a_property_of_the_wrapped_optimizer_that_raises_shows_its_own_error() -> None:
     class Raising(SGD):
         @property
         def noise(self) -> float:
@@ -451,7 +449,7 @@ def test_a_property_of_the_wrapped_optimizer_that_raises_tells_its_own_reason() 
 
 
 @pytest.mark.parametrize("name", ["defaults", "param_groups", "state", "step", "zero_grad"])
-def test_what_an_optimizer_has_is_there_for_who_looks_without_asking(name: str) -> None:
+def test_getattr_static_finds_what_an_optimizer_has(name: str) -> None:
     """Python 3.12 looks so for the members of a protocol, such as Lightning's of optimizers."""
     optimizer = averaging_sgd(small_model(), EMA(0.9))
     assert inspect.getattr_static(optimizer, name, None) is not None

@@ -116,7 +116,7 @@ def test_a_run_killed_twenty_times_ends_bit_for_bit_as_one_never_killed(history:
     assert others == expected_others
 
 
-def test_every_life_goes_on_from_the_last_complete_checkpoint(history: History) -> None:
+def test_every_life_resumes_from_the_last_complete_checkpoint(history: History) -> None:
     starts = [life.moments[0] for life in history.lives]
     saved = [step_of(life.completed) for life in history.lives]
     assert starts == [Moment(step, "step", 0) for step in [0, *saved[:-1]]]

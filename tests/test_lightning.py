@@ -101,7 +101,7 @@ def test_only_real_steps_count_when_gradients_are_accumulated() -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64], ids=["exchanged", "replaced"])
-def test_validation_in_fit_sees_the_average_and_training_is_as_without(
+def test_validation_in_fit_sees_the_average_and_leaves_training_unchanged(
     dtype: torch.dtype | None,
 ) -> None:
     trainer, module = trainer_with(EvaluateAveraged()), Module(dtype=dtype)
@@ -213,13 +213,13 @@ class OneOfTwoAsSaid(OneOfTwo):
         return [AveragingOptimizer(averaging.wrapped, EMA(0.9), exclude=exclude), plain]
 
 
-def test_optimizers_that_do_not_average_may_stand_beside_those_that_do_if_it_was_said() -> None:
+def test_optimizers_that_do_not_average_are_allowed_if_the_module_says_so() -> None:
     trainer, module = trainer_with(EvaluateAveraged()), OneOfTwoAsSaid()
     fit(trainer, module)
     assert same(module.seen[-1], [*all_averages(trainer), *module.other.parameters()])
 
 
-def test_a_model_of_which_a_part_is_trained_and_not_averaged_is_refused_before_training() -> None:
+def test_a_model_with_a_part_that_is_trained_and_not_averaged_is_refused_before_training() -> None:
     trainer, module = trainer_with(EvaluateAveraged()), OneOfTwo()
     with pytest.raises(ValueError, match=r"trained and not averaged, got 'other\.0\.weight', .*"):
         fit(trainer, module)

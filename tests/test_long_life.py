@@ -78,7 +78,7 @@ def lives() -> dict[torch.dtype, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("dtype", WEIGHTS, ids=str)
-def test_a_million_updates_are_as_near_to_exact_arithmetic_as_said(
+def test_a_million_updates_stay_within_the_documented_error(
     lives: dict[torch.dtype, dict[str, Any]], dtype: torch.dtype, name: str
 ) -> None:
     average, values = lives[dtype][name], lives[dtype]["values"].double()

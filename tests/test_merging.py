@@ -211,7 +211,7 @@ def test_folders_of_two_processes_merge_to_whole_tensors(tmp_path: Path) -> None
     )
 
 
-def test_integers_masks_and_what_is_no_tensor_are_the_last_ones() -> None:
+def test_integers_masks_and_anything_but_tensors_are_those_of_the_last_checkpoint() -> None:
     mask = torch.tensor([0.0, -torch.inf])
     first = {"n": torch.tensor(3), "mask": mask, "w": torch.tensor([1.0]), "_extra_state": "a"}
     last = {"n": torch.tensor(5), "mask": mask, "w": torch.tensor([2.0]), "_extra_state": "b"}
@@ -314,7 +314,7 @@ REFUSALS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"), REFUSALS.values(), ids=REFUSALS
 )
-def test_what_cannot_be_merged_is_refused_by_name(
+def test_checkpoints_that_cannot_be_merged_are_refused(
     arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

@@ -100,7 +100,7 @@ def test_there_is_a_recipe_for_each_library() -> None:
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_an_average_of_another_library_goes_on_here(
+def test_an_average_of_another_library_continues_here(
     library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -158,7 +158,7 @@ def fit(module: Module, *callbacks: Callback, ckpt_path: str | None = None) -> T
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_an_average_of_lightning_goes_on_here(
+def test_an_average_of_lightning_continues_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -64,7 +64,7 @@ def test_an_update_with_a_bad_weight_is_skipped_for_the_whole_model(
     assert optimizer.param_groups[0]["averaging_steps"] == 1
 
 
-def test_averaging_goes_on_when_the_weights_are_finite_again() -> None:
+def test_averaging_continues_when_the_weights_are_finite_again() -> None:
     weights, optimizer = two_weights(skip_nonfinite=True)
     for value in (1.0, math.nan, 4.0):
         set_last(weights[1], value)
@@ -83,7 +83,7 @@ def test_a_first_average_waits_for_finite_weights() -> None:
     assert counters(optimizer) == {"n_averaged_ema": 1, "n_averaged_swa": 1, "n_skipped": 1}
 
 
-def test_it_is_off_by_default_and_then_a_bad_weight_enters_the_average() -> None:
+def test_by_default_a_bad_weight_enters_the_average() -> None:
     weights, optimizer = two_weights()
     optimizer.update_averages()
     set_last(weights[1], math.nan)
@@ -138,7 +138,7 @@ def test_no_finite_weight_overflows_an_average(
     assert counters(optimizer) == {"n_averaged_ema": 4, "n_averaged_swa": 4, "n_skipped": 2}
 
 
-def test_the_count_is_saved_and_loaded_and_absent_in_older_checkpoints() -> None:
+def test_the_count_of_skipped_updates_is_saved_and_is_0_for_checkpoints_without_it() -> None:
     weights, optimizer = two_weights(skip_nonfinite=True)
     optimizer.update_averages()
     set_last(weights[0], math.nan)
@@ -198,7 +198,7 @@ def test_sharded_weights_of_a_single_process_are_looked_at() -> None:
 
 
 @pytest.mark.parametrize("value", [1, None, "yes"])
-def test_what_is_no_bool_is_refused(value: Any) -> None:
+def test_skip_nonfinite_must_be_a_bool(value: Any) -> None:
     build: Callable[..., object] = AveragingOptimizer
     with pytest.raises(TypeError, match=rf"`skip_nonfinite` must be True or False, got {value!r}"):
         build(averaging_sgd(small_model(), EMA()).wrapped, EMA(), skip_nonfinite=value)
@@ -297,7 +297,7 @@ def pickle_all(weights: list[nn.Parameter], optimizer: AveragingOptimizer) -> An
 
 
 @pytest.mark.parametrize("act", [resume, deep_copy, pickle_all])
-def test_a_run_that_is_resumed_while_a_new_weight_is_not_finite_goes_on_as_if_it_never_stopped(
+def test_resuming_while_a_new_weight_is_not_finite_equals_never_stopping(
     act: Callable[[list[nn.Parameter], AveragingOptimizer], Any],
 ) -> None:
     weights, optimizer = with_one_that_came_later(add_group, math.nan)
@@ -313,7 +313,7 @@ def test_a_run_that_is_resumed_while_a_new_weight_is_not_finite_goes_on_as_if_it
     assert all(each.isfinite().all() for entry in saved.values() for each in entry.values())
 
 
-def test_under_the_swap_a_weight_that_was_never_finite_is_none_of_the_others_trouble() -> None:
+def test_a_weight_that_was_never_finite_leaves_the_swap_of_others_finite() -> None:
     (first, later), optimizer = with_one_that_came_later(add_group, math.nan)
     set_last(later, 4.0)
     with optimizer.swap_to_averaged("swa"):

@@ -20,7 +20,7 @@ def kinds_of_output(cell: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_finds_again_what_it_says(path: Path, tmp_path: Path) -> None:
+def test_a_notebook_reproduces_its_outputs(path: Path, tmp_path: Path) -> None:
     """Its last cell holds the claims of its text as assertions."""
     kept = nbformat.read(path, as_version=4)
     *_, claims = [cell for cell in kept.cells if cell.cell_type == "code"]

@@ -258,7 +258,7 @@ def copies_go_on(case: Case) -> bool:
 
 @DUPLICATES
 @pytest.mark.parametrize("case", [case for case in TAKEN if copies_go_on(case)], ids=str)
-def test_copies_go_on_alike(case: Case, duplicate: Any) -> None:
+def test_copies_train_alike(case: Case, duplicate: Any) -> None:
     weights, optimizer = started(case, averaging)
     copied_weights, copied = duplicate((weights, optimizer))
     assert_same_training(case, (weights, optimizer), (copied_weights, copied))

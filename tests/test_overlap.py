@@ -116,7 +116,7 @@ def test_calls_of_other_threads_are_refused_inside_a_swap(call: str) -> None:
 
 
 @pytest.mark.parametrize("same_thread", [True, False], ids=["closure", "thread"])
-def test_a_swap_during_a_step_is_refused_and_the_step_goes_on(same_thread: bool) -> None:
+def test_a_swap_during_a_step_is_refused_and_the_step_completes(same_thread: bool) -> None:
     model = small_model()
     optimizer = averaging_sgd(model, EMA(0.5))
     train(model, optimizer, 2)

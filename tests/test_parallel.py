@@ -311,7 +311,7 @@ def test_a_checkpoint_of_two_ranks_is_loaded_by_any_number(
 
 @trains_with_fsdp
 @pytest.mark.parametrize(("build", "form"), CASES)
-def test_one_process_goes_on_from_the_checkpoint_of_two_as_if_it_never_stopped(
+def test_one_process_resumes_from_the_checkpoint_of_two_as_if_it_never_stopped(
     loaded: dict[int, Any], build: str, form: str
 ) -> None:
     model = small_model()
@@ -412,7 +412,7 @@ def test_averaged_buffers_that_two_ranks_saved_are_loaded_by_any_number(
         assert frozen({**found, "after": {}}) == frozen({**expected, "after": {}})
 
 
-def test_one_process_averages_buffers_on_as_if_it_never_stopped(
+def test_one_process_resumes_averages_of_buffers_as_if_it_never_stopped(
     with_buffers: dict[int, list[WithBuffers]],
 ) -> None:
     (expected,), (found,) = with_buffers[0], with_buffers[1]
@@ -624,7 +624,7 @@ class TestOneRank:
 
     @trains_with_fsdp
     @pytest.mark.parametrize("value", [torch.ones(4, 3), DTensor], ids=["plain", "replicated"])
-    def test_an_average_that_is_spread_otherwise_is_refused(self, value: Any) -> None:
+    def test_an_average_with_other_placements_is_refused(self, value: Any) -> None:
         model = sharded_model()
         optimizer = averaging_adam(model)
         train(model, optimizer, 1)
@@ -636,7 +636,7 @@ class TestOneRank:
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(saved)
 
-    def test_averaged_buffers_are_not_in_a_distributed_checkpoint_and_start_afresh(self) -> None:
+    def test_averaged_buffers_are_not_in_a_distributed_checkpoint_and_restart(self) -> None:
         model = model_with_batch_norm()
         optimizer = averaging_sgd(model, EMA(0.5), buffers=model.buffers())
         train(model, optimizer, 3)
@@ -681,7 +681,7 @@ class TestOneRank:
         assert frozen(optimizer.state_dict()) == before
 
     @pytest.mark.parametrize("damage", ["count", "name", "all"])
-    def test_averaged_buffers_that_do_not_fit_are_refused_and_nothing_changes(
+    def test_averaged_buffers_of_other_names_or_shapes_are_refused_and_change_nothing(
         self, damage: str
     ) -> None:
         damages: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -724,7 +724,7 @@ class TestOneRank:
         roll_back(model, optimizer, tmp_path)
         assert frozen(whole_averages(optimizer)) == expected
 
-    def test_that_averages_of_frozen_weights_do_not_come_back_by_themselves_is_told_once(
+    def test_saving_averages_of_frozen_weights_warns_once_about_loading_them(
         self,
     ) -> None:
         model, optimizer = trained_then_frozen()

@@ -235,7 +235,9 @@ def test_missing_and_unexpected_keys_are_those_that_torch_returns(
 
 
 @pytest.mark.parametrize("state_dict", [{}, DICTS["other"]], ids=["empty", "other"])
-def test_a_state_dict_of_which_nothing_fits_changes_nothing(state_dict: dict[str, Tensor]) -> None:
+def test_a_state_dict_without_a_matching_entry_changes_nothing(
+    state_dict: dict[str, Tensor],
+) -> None:
     model = small_model()
     optimizer = averaging_sgd(model, EMA(0.9))
     train(model, optimizer, 3)

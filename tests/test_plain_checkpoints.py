@@ -77,7 +77,7 @@ def resumed(
 
 @pytest.mark.parametrize("having", BEFORE.values(), ids=BEFORE)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_plain_optimizer_goes_on_from_a_wrapped_checkpoint_as_if_it_was_never_wrapped(
+def test_the_plain_optimizer_resumes_from_a_wrapped_checkpoint_as_if_it_was_never_wrapped(
     name: str, having: tuple[int, ...]
 ) -> None:
     build = OPTIMIZERS[name]

@@ -320,7 +320,7 @@ def from_before_the_first_average(saved: Saved) -> Saved:
         (lambda saved: [7], "`checkpoints[0]` must match `optimizer`. `state_dict` must be a dict"),
     ],
 )
-def test_checkpoints_that_do_not_fit_are_refused_by_name(
+def test_checkpoints_of_other_rules_or_shapes_are_refused(
     spoil: Callable[[Saved], Any], message: str
 ) -> None:
     model = small_model()
@@ -361,7 +361,7 @@ def test_rules_that_allow_no_fit_are_refused(rules: dict[str, Rule], message: st
         ({"optimizer": 7}, TypeError, r"`optimizer` must be an AveragingOptimizer, got 7"),
     ],
 )
-def test_wrong_arguments_are_refused_by_name(
+def test_wrong_arguments_are_refused(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     model = small_model()

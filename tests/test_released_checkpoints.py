@@ -82,7 +82,7 @@ def test_a_release_keeps_a_checkpoint_of_every_run_it_can_make(release: str) -> 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_goes_on_from_what_this_version_writes_as_if_it_had_not_stopped(
+def test_resuming_from_what_this_version_writes_equals_never_stopping(
     name: str, tmp_path: Path
 ) -> None:
     path = tmp_path / f"{name}.pt"
@@ -100,14 +100,14 @@ def test_a_released_checkpoint_is_loaded_as_it_was_saved(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", UNCHANGED, ids=name_of)
-def test_a_run_goes_on_from_a_released_checkpoint_as_it_did_then(path: Path) -> None:
+def test_a_run_resumes_from_a_released_checkpoint_as_it_did_then(path: Path) -> None:
     model, optimizer, checkpoint = load(path)
     RUNS[path.stem].go_on(model, optimizer)
     assert unlike(seen(model, optimizer), checkpoint["continued"]) == {}
 
 
 @pytest.mark.parametrize("path", CORRECTED, ids=name_of)
-def test_a_run_goes_on_from_a_released_checkpoint_by_a_corrected_formula(path: Path) -> None:
+def test_a_run_resumes_from_a_released_checkpoint_by_a_corrected_formula(path: Path) -> None:
     model, optimizer, checkpoint = load(path)
     RUNS[path.stem].go_on(model, optimizer)
     assert unlike(seen(model, optimizer), counts(checkpoint["continued"])) == {}
@@ -119,7 +119,7 @@ def test_a_run_goes_on_from_a_released_checkpoint_by_a_corrected_formula(path: P
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("release", RELEASES)
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
-def test_one_process_goes_on_from_a_released_checkpoint_of_two_as_they_did_then(
+def test_one_process_resumes_from_a_released_checkpoint_of_two_as_they_did_then(
     release: str, sharded: bool
 ) -> None:
     model, optimizer, checkpoint = load_two_ranks(DATA / release / TWO_RANKS, sharded=sharded)

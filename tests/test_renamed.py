@@ -143,7 +143,7 @@ PAIRS = [(with_named_buffers, case) for case in CASES] + [
 
 
 @pytest.mark.parametrize(("begin", "case"), PAIRS)
-def test_a_run_goes_on_under_new_names_as_one_that_always_had_them(
+def test_a_run_resumed_under_new_names_equals_one_that_always_had_them(
     begin: Begin, case: str, tmp_path: Path
 ) -> None:
     rules, names, new_rules = CASES[case]
@@ -190,7 +190,7 @@ def tensors_in(nested: Any) -> list[Tensor]:
     return [each for part in parts for each in tensors_in(part)] if is_nest else []
 
 
-def test_what_is_no_average_keeps_its_key() -> None:
+def test_entries_that_are_not_averages_keep_their_key() -> None:
     """Also what the wrapped optimizer itself keeps under a key that looks like one."""
     model, optimizer = over_momentum({"ema": EMA(0.5)})
     train(model, optimizer, 1)
@@ -257,7 +257,7 @@ def test_names_that_cannot_be_given_are_refused(
     ],
     ids=str,
 )
-def test_what_is_no_checkpoint_is_refused(state_dict: Any, message: str) -> None:
+def test_anything_but_a_checkpoint_is_refused(state_dict: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         renamed(state_dict, {})
 

@@ -129,7 +129,7 @@ def test_until_the_next_update_a_restarted_average_is_the_present_weights() -> N
     assert same(teacher.state_dict().values(), changed)
 
 
-def test_averages_of_buffers_begin_anew_with_those_of_the_weights() -> None:
+def test_restarting_restarts_the_averages_of_buffers_too() -> None:
     model = model_with_batch_norm()
     optimizer = averaging_sgd(model, SWA(), buffers=model.buffers())
     train(model, optimizer, 3)
@@ -142,7 +142,7 @@ def test_averages_of_buffers_begin_anew_with_those_of_the_weights() -> None:
     assert same(found[:2], recurrence(SWA(), kept))
 
 
-def test_the_steps_at_which_a_rule_is_due_go_on() -> None:
+def test_restarting_leaves_the_steps_at_which_a_rule_is_due() -> None:
     model = small_model()
     optimizer = averaging_sgd(model, SWA(start=1, every=3))
     train(model, optimizer, 5)
@@ -165,7 +165,7 @@ def test_a_run_that_was_restarted_is_resumed_as_one() -> None:
     assert frozen(other.state_dict()) == frozen(optimizer.state_dict())
 
 
-def test_the_average_of_a_weight_that_is_frozen_begins_anew_too() -> None:
+def test_restarting_restarts_the_average_of_a_frozen_weight_too() -> None:
     model = small_model()
     optimizer = averaging_sgd(model, SWA())
     train(model, optimizer, 3)
@@ -187,7 +187,7 @@ def one_update(optimizer: AveragingOptimizer, weight: Tensor) -> None:
 
 
 @pytest.mark.parametrize("before", [nothing, one_update])
-def test_to_restart_early_or_twice_is_to_restart(
+def test_restarting_early_or_twice_equals_restarting_once(
     before: Callable[[AveragingOptimizer, Tensor], None],
 ) -> None:
     weight = nn.Parameter(torch.ones(1))
@@ -212,7 +212,7 @@ def test_a_restart_inside_a_swap_is_refused_and_changes_nothing() -> None:
     assert frozen(optimizer.state_dict()) == before
 
 
-def test_to_restart_what_is_not_there_is_refused_and_changes_nothing() -> None:
+def test_restarting_an_unknown_average_is_refused_and_changes_nothing() -> None:
     model, optimizer = several()
     train(model, optimizer, 3)
     before = frozen(optimizer.state_dict())

@@ -200,7 +200,7 @@ def test_ranks_with_unlike_shards_round_alike_what_they_share_and_resume_bit_for
     assert frozen(others) == frozen([first] * 2)
 
 
-def test_training_takes_its_random_numbers_as_without() -> None:
+def test_rounding_takes_no_random_numbers_from_training() -> None:
     def state_after(rounding: str) -> Tensor:
         model = small_model()
         sgd = SGD(model.parameters(), lr=0.1)

@@ -51,7 +51,7 @@ def test_a_window_forgets_what_was_not_finite() -> None:
     assert averages(optimizer, "lawa") == [4.0]
 
 
-def test_it_keeps_k_tensors_for_each_weight_and_buffer() -> None:
+def test_lawa_keeps_k_tensors_for_each_weight_and_buffer() -> None:
     model = model_with_batch_norm()
     optimizer = averaging_sgd(model, {"one": LAWA(k=4)}, buffers=model.buffers())
     train(model, optimizer, 1)
@@ -137,7 +137,9 @@ def saved(model: nn.Module, rule: Rule) -> dict[str, Any]:
     ],
     ids=["fewer", "more", "from_ema", "to_ema"],
 )
-def test_snapshots_that_do_not_fit_are_refused(before: Rule, after: Rule, message: str) -> None:
+def test_snapshots_of_another_rule_or_length_are_refused(
+    before: Rule, after: Rule, message: str
+) -> None:
     model = small_model()
     state_dict = saved(model, before)
     optimizer = averaging_sgd(model, {"one": after})
@@ -147,7 +149,7 @@ def test_snapshots_that_do_not_fit_are_refused(before: Rule, after: Rule, messag
 
 
 @pytest.mark.parametrize("key", ["averaged_one", "averaged_one_1"])
-def test_a_lost_snapshot_is_refused_by_name(key: str) -> None:
+def test_a_checkpoint_without_one_of_its_snapshots_is_refused(key: str) -> None:
     model = small_model()
     state_dict = saved(model, LAWA(3))
     for entry in state_dict["state"].values():
@@ -158,7 +160,7 @@ def test_a_lost_snapshot_is_refused_by_name(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["one", "one_2"])
-def test_lost_snapshots_of_buffers_are_refused_by_name(key: str) -> None:
+def test_a_checkpoint_without_snapshots_of_buffers_is_refused(key: str) -> None:
     model = model_with_batch_norm()
     optimizer = averaging_sgd(model, {"one": LAWA(3)}, buffers=model.buffers())
     train(model, optimizer, 3)

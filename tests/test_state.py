@@ -159,7 +159,7 @@ def outcome_of_step(optimizer: Optimizer) -> Any:
     return None
 
 
-def test_it_is_one_object_and_a_dict_until_another_is_assigned() -> None:
+def test_the_state_is_one_object_and_a_dict_until_another_is_assigned() -> None:
     weights, optimizer, _, _ = pair()
     state = optimizer.state
     assert state is optimizer.state
@@ -181,7 +181,9 @@ def test_it_is_one_object_and_a_dict_until_another_is_assigned() -> None:
     ],
     ids=["copy", "deepcopy", "pickle", "dict", "union", "unpacking"],
 )
-def test_copies_of_it_are_plain_and_hold_averages_too(through: Callable[[Any], Any]) -> None:
+def test_copies_of_the_state_are_plain_dicts_and_hold_averages_too(
+    through: Callable[[Any], Any],
+) -> None:
     weights, optimizer, _, _ = pair()
     copied = through(optimizer.state)
     assert type(copied) in (dict, defaultdict)
@@ -246,7 +248,7 @@ def test_rows_that_are_added_and_removed_train_as_with_the_bare_optimizer_and_ar
     assert (kept["averaged_ema"] - grown[1:]).abs().max() < 0.1
 
 
-def test_rows_whose_average_was_not_resized_start_afresh_and_it_is_told_once() -> None:
+def test_rows_whose_average_was_not_resized_restart_it_and_warn_once() -> None:
     splats = Splats(is_wrapped=True)
     step(splats.optimizer)
     splats.grow(averages_too=False)

@@ -42,7 +42,7 @@ def backward(model: nn.Module, number: int) -> None:
     loss_of_batch(model, number).backward()
 
 
-def test_a_micro_batch_of_accelerates_optimizer_is_no_step() -> None:
+def test_a_micro_batch_of_accelerates_optimizer_does_not_count() -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     model: Any = small_model()
     model, inner = accelerator.prepare(model, SGD(model.parameters(), lr=0.1))
@@ -59,7 +59,7 @@ def test_a_micro_batch_of_accelerates_optimizer_is_no_step() -> None:
     assert same(averages(optimizer, "ema"), recurrence(EMA(0.5), snapshots))
 
 
-def test_a_physical_batch_of_opacus_optimizer_is_no_step() -> None:
+def test_a_physical_batch_of_opacus_optimizer_does_not_count() -> None:
     model = small_model()
     inner = DPOptimizer(
         SGD(model.parameters(), lr=0.1),
@@ -98,7 +98,7 @@ def test_a_noise_scheduler_of_opacus_reaches_the_optimizer(outside: bool) -> Non
     assert inner.noise_multiplier == optimizer.noise_multiplier == 0.5
 
 
-def test_gradients_that_optimi_accumulates_are_no_step() -> None:
+def test_gradients_that_optimi_accumulates_do_not_count() -> None:
     model = small_model()
     inner = OptimiAdamW(model.parameters(), lr=0.01, gradient_release=True)
     prepare_for_gradient_release(model, inner)
@@ -242,7 +242,7 @@ USES: dict[str, Callable[[AveragingOptimizer, nn.Module], object]] = {
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 @pytest.mark.parametrize(("build", "rule", "trains", "reason"), PAST.values(), ids=PAST)
-def test_training_past_step_is_told_once_at_the_first_use_of_the_average(
+def test_training_past_step_warns_once_at_the_first_use_of_the_average(
     build: Callable[[nn.Module], Any],
     rule: EMA,
     trains: Train,
@@ -265,7 +265,7 @@ def test_training_past_step_is_told_once_at_the_first_use_of_the_average(
 
 
 @pytest.mark.parametrize(("build", "rule", "trains", "reason"), PAST.values(), ids=PAST)
-def test_update_averages_after_steps_taken_otherwise_is_the_way_and_silent(
+def test_update_averages_after_steps_taken_past_the_wrapper_averages_without_a_warning(
     build: Callable[[nn.Module], Any], rule: EMA, trains: Train, reason: str
 ) -> None:
     model = small_model()
@@ -308,7 +308,7 @@ def load_into_the_wrapped(model: nn.Module, optimizer: Any) -> None:
     "act",
     [do_nothing, load_weights, load_everything, load_into_the_wrapped, a_step],
 )
-def test_what_is_no_training_past_step_stays_silent(act: Train) -> None:
+def test_changes_that_are_not_training_past_step_do_not_warn(act: Train) -> None:
     model = small_model()
     optimizer: Any = AveragingOptimizer(Adam(model.parameters()), EMA(start=100))
     act(model, optimizer)
@@ -318,7 +318,9 @@ def test_what_is_no_training_past_step_stays_silent(act: Train) -> None:
         optimizer.evaluate_averages(lambda: None)
 
 
-def test_lookahead_inside_averages_what_training_goes_on_with() -> None:
+def test_averages_over_a_wrapped_lookahead_are_of_the_weights_that_training_continues_with() -> (
+    None
+):
     def build() -> tuple[nn.Module, Any]:
         model = small_model()
         inner: Optimizer = Lookahead(SGD(model.parameters(), lr=0.1), k=2)

@@ -207,7 +207,7 @@ def test_a_state_dict_made_inside_is_the_one_made_outside_and_stays_right(
     assert inside["param_groups"] == outside["param_groups"]
 
 
-def test_weights_that_autocast_has_cast_are_cast_anew_inside_and_outside() -> None:
+def test_weights_that_autocast_has_cast_are_cast_again_inside_and_outside() -> None:
     model = small_model()
     optimizer = averaging_sgd(model, EMA(0.5))
     train(model, optimizer, 3)
@@ -321,7 +321,7 @@ class TestExport:
         assert exported["_extra_state"] == {"calls": 3}
         optimizer.load_averaged_state_dict(model, exported)
 
-    def test_loading_is_the_inverse_and_the_next_update_goes_on_from_there(self) -> None:
+    def test_loading_is_the_inverse_and_the_next_update_continues_from_there(self) -> None:
         model = model_with_batch_norm()
         optimizer = averaging_sgd(model, SWA(), buffers=model.buffers())
         train(model, optimizer, 3)
@@ -403,7 +403,7 @@ class TestExport:
         with pytest.raises(ValueError, match=message):
             getattr(optimizer, call)(small_model())
 
-    def test_what_is_no_module_is_refused(self) -> None:
+    def test_anything_but_a_module_is_refused(self) -> None:
         optimizer = averaging_sgd(small_model(), EMA())
         no_module: Any = {"weight": torch.ones(1)}
         with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, got \{"):

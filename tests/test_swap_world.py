@@ -189,7 +189,7 @@ def test_averages_that_inference_mode_has_made_are_averaged_outside_of_it(
     assert same(run(torch.inference_mode), run(torch.enable_grad))
 
 
-def test_what_parametrizations_have_cached_is_made_anew_inside_and_outside() -> None:
+def test_what_parametrizations_have_cached_is_computed_again_inside_and_outside() -> None:
     model = parametrizations.weight_norm(nn.Linear(3, 2))
     optimizer = averaging_sgd(model, EMA(0.5))
     train(model, optimizer, 3)
@@ -338,7 +338,7 @@ def test_averages_of_8_bits_are_refused() -> None:
         AveragingOptimizer(sgd, EMA(), dtype=torch.float8_e4m3fn)
 
 
-def test_an_average_that_starts_afresh_on_loading_is_the_present_weights_at_once() -> None:
+def test_an_average_that_restarts_on_loading_is_the_present_weights_at_once() -> None:
     model = model_with_batch_norm()
     optimizer = averaging_sgd(model, RULES, buffers=model.buffers())
     train(model, optimizer, 3)

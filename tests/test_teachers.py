@@ -339,7 +339,7 @@ def test_buffers_follow_when_their_averages_are_loaded(
     assert same(teacher.buffers(), saved["averaged_buffers"]["ema"].values())
 
 
-def test_buffers_follow_when_an_average_begins_anew() -> None:
+def test_buffers_follow_when_an_average_restarts() -> None:
     model = model_with_batch_norm()
     optimizer = averaging_sgd(model, EMA(0.9), buffers=model)
     teacher = optimizer.averaged_model(model)
@@ -649,7 +649,7 @@ def with_tied_biases(model: nn.Sequential) -> Any:
         (with_tied_biases, r"have an untied '1\.bias', as the model has, got one that is tied"),
     ],
 )
-def test_what_is_no_other_instance_is_refused_and_stays_as_it_was(
+def test_anything_but_another_instance_is_refused_and_unchanged(
     make: Callable[[nn.Sequential], Any], message: str
 ) -> None:
     model = model_with_batch_norm()
@@ -668,7 +668,7 @@ def test_what_is_no_other_instance_is_refused_and_stays_as_it_was(
     assert look() == before
 
 
-def test_what_is_no_module_is_refused_as_another_instance() -> None:
+def test_anything_but_a_module_is_refused_as_another_instance() -> None:
     model = small_model()
     optimizer = averaging_sgd(model, EMA(0.9))
     other: Any = [nn.Linear(3, 4)]

@@ -572,7 +572,9 @@ def test_all_claims_hold_of_a_loop_that_shards_its_weights() -> None:
 # The averages that are not in the checkpoint: the report says so too.
 @pytest.mark.filterwarnings("ignore:The state dict has no average:UserWarning")
 @pytest.mark.parametrize(("train", "claims", "words"), WRONG, ids=names(WRONG))
-def test_what_a_trainer_does_wrong_is_said(train: Any, claims: list[str], words: str) -> None:
+def test_the_report_says_what_a_trainer_does_wrong(
+    train: Any, claims: list[str], words: str
+) -> None:
     with pytest.raises(AssertionError, match="Some claims do not hold of this trainer") as raised:
         check_trainer(train)
     report = str(raised.value)
@@ -583,7 +585,7 @@ def test_what_a_trainer_does_wrong_is_said(train: Any, claims: list[str], words:
 
 
 @pytest.mark.parametrize("train", INEXACT, ids=name_of)
-def test_resuming_that_is_inexact_without_averages_is_no_fault(train: Any) -> None:
+def test_resuming_that_is_inexact_without_averages_too_is_not_reported(train: Any) -> None:
     report = check_trainer(train)
     assert verdicts(report) == {**dict.fromkeys(CLAIMS, "ok"), RESUMING: "not compared"}
     assert "So it is without averages. Something is not saved" in " ".join(report.split())

@@ -119,7 +119,9 @@ def test_the_averages_are_the_recurrence_over_the_weights(case: Case, trial: Tri
     assert_averages_of(run, run.train(STEPS))
 
 
-def test_a_swap_is_undone_and_training_goes_on_as_without(case: Case, trial: Trial) -> None:
+def test_a_swap_is_undone_and_training_continues_as_without_a_swap(
+    case: Case, trial: Trial
+) -> None:
     run = begun(case, trial.step, averaging)
     before = run.train(HALF)
     with run.optimizer.swap_to_averaged("ema"):
@@ -162,7 +164,7 @@ def copied(case: Case, trial: Trial, wrap: Wrap) -> Run:
     return Run(*copy.deepcopy((run.model, run.optimizer)), trial.step)
 
 
-def test_a_copy_goes_on_alike(case: Case, trial: Trial) -> None:
+def test_a_copy_trains_alike(case: Case, trial: Trial) -> None:
     try:
         if not goes_on(copied(case, trial, as_it_is), trial):
             not_asked("goes on otherwise as a copy")

@@ -195,7 +195,7 @@ def test_of_buffers_that_two_average_at_their_own_pace_each_verb_takes_the_last_
     assert same(everything(model, first), before)
 
 
-def test_what_two_average_is_told_of_once_when_it_is_not_loaded() -> None:
+def test_keys_that_two_optimizers_share_are_reported_missing_once() -> None:
     model = model_with_batch_norm()
     missing, unexpected = together(*by_part(model)).load_averaged_state_dict(
         model, {}, strict=False
@@ -490,7 +490,7 @@ def test_an_optimizer_that_was_wrapped_again_is_refused(
     assert frozen(model.state_dict()) == before
 
 
-def test_a_model_of_which_one_optimizer_trains_a_part_needs_both() -> None:
+def test_a_model_that_two_optimizers_train_needs_both() -> None:
     model, first, second = trained_pair()
     message = r"trained and not averaged, got '1\.weight', .*'2\.bias'\. .* use `together`"
     with pytest.raises(ValueError, match=message):
@@ -530,7 +530,7 @@ def listed(optimizer: AveragingOptimizer) -> Any:
 
 
 @pytest.mark.parametrize("make", [bare, listed, together])
-def test_what_is_no_averaging_optimizer_is_refused(
+def test_anything_but_an_averaging_optimizer_is_refused(
     make: Callable[[AveragingOptimizer], Any],
 ) -> None:
     optimizer = averaging(list(small_model().parameters()))

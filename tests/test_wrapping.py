@@ -153,7 +153,7 @@ def through_torch_save(thing: Any) -> Any:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
-def test_a_copy_goes_on_with_averages_of_its_own(duplicate: Any) -> None:
+def test_a_copy_has_averages_of_its_own(duplicate: Any) -> None:
     model = small_model()
     optimizer = averaging_sgd(model, TWO_RULES, buffers=[torch.ones(2)])
     train(model, optimizer, 3)

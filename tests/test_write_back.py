@@ -110,7 +110,7 @@ def test_a_late_start_begins_with_the_weights_after_so_many_steps(rule: Rule) ->
 
 
 @pytest.mark.parametrize("names", [["ahead", "ema", "mean"], ["ema", "mean", "ahead"]], ids=str)
-def test_other_averages_are_of_the_weights_that_training_goes_on_with(names: list[str]) -> None:
+def test_other_averages_are_of_the_weights_after_the_write_back(names: list[str]) -> None:
     rules = {"ahead": Lookahead(every=2), "ema": EMA(0.5), "mean": SWA(start=3, every=3)}
     model = small_model()
     optimizer = averaging_sgd(model, {name: rules[name] for name in names})
@@ -172,7 +172,7 @@ def test_a_group_that_is_not_averaged_is_not_written_to() -> None:
     assert not same(model[2].parameters(), began[2:])
 
 
-def test_the_step_that_initialises_the_state_is_no_beginning() -> None:
+def test_the_step_that_initialises_the_state_does_not_start_the_average() -> None:
     """torch.distributed.checkpoint takes such a step, before it loads the weights."""
     weight = nn.Parameter(torch.zeros(1))
     optimizer = AveragingOptimizer(SGD([weight], lr=0.0), Lookahead(0.5, every=1))
@@ -212,7 +212,7 @@ def test_updates_by_hand_write_back_too() -> None:
     assert weight.item() == 1.5
 
 
-def test_going_on_from_an_exported_average_does_not_begin_anew() -> None:
+def test_lookahead_continues_from_an_exported_average_that_is_loaded() -> None:
     model = small_model()
     exported = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     optimizer = averaging_sgd(model, Lookahead(every=1))

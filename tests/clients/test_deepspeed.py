@@ -139,7 +139,7 @@ def test_what_a_rule_writes_into_the_weights_is_overwritten(driven: dict[str, An
     assert max(each.abs().max().item() for each in moved) > 3 * LEARNING_RATE
 
 
-def test_averaging_the_optimizer_that_it_is_given_is_told_of(driven: dict[str, Any]) -> None:
+def test_averaging_the_optimizer_that_deepspeed_is_given_warns(driven: dict[str, Any]) -> None:
     assert [each for each in driven["told"] if "took the place" in each]
 
 

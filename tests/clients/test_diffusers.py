@@ -59,11 +59,11 @@ def train_an_epoch(
     return Run(model, optimizer.optimizer, lambda: model(IMAGES, 3).sample.detach())
 
 
-def test_its_loop_trains_as_without_the_wrapper() -> None:
+def test_the_loop_of_a_diffusion_model_trains_as_without_the_wrapper() -> None:
     check_driven(lambda wrap: train_an_epoch(*prepared(wrap)), steps=2)
 
 
-def test_its_loop_resumes_from_a_saved_state(tmp_path: Path) -> None:
+def test_the_loop_of_a_diffusion_model_resumes_from_a_saved_state(tmp_path: Path) -> None:
     def whole() -> Run:
         parts = prepared(wrapped)
         train_an_epoch(*parts)

@@ -58,11 +58,11 @@ def train(model: GPT, optimizer: Any, iterations: range) -> Run:
     return Run(model, optimizer, lambda: model(TOKENS).detach())
 
 
-def test_its_loop_trains_as_without_the_wrapper() -> None:
+def test_the_loop_of_nanogpt_trains_as_without_the_wrapper() -> None:
     check_driven(lambda wrap: train(*started(wrap), range(6)), steps=6)
 
 
-def test_its_loop_resumes_from_its_checkpoint(tmp_path: Path) -> None:
+def test_the_loop_of_nanogpt_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     def halves() -> Run:
         model, optimizer = started(wrapped)
         train(model, optimizer, range(3))
