@@ -20,10 +20,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_distribut
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
-from training import averages, frozen, same, small_model, train
+from training import averages, frozen, same, small_model, train, update_with
 
 from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Rule
-from averaging_optim._averages.rounding import rounded_at_random
 
 LOW = [torch.bfloat16, torch.float16]
 RULES: dict[str, Rule] = {"ema": EMA(0.99), "swa": SWA(start=2), "last": LAWA(k=3)}
@@ -100,18 +99,25 @@ def test_a_constant_stays_exactly_itself(dtype: torch.dtype) -> None:
         assert same([optimizer.state[weight][f"averaged_{name}"]], [values])
 
 
+def averages_at(number: float, dtype: torch.dtype, size: int) -> Tensor:
+    """Return averages that in exact arithmetic would all be this number."""
+    weight = nn.Parameter(torch.zeros(size))
+    optimizer = averaging([weight], EMA(0.75), dtype)
+    update_with(optimizer, weight, 0.0, 4 * number)
+    average: Tensor = optimizer.state[weight]["averaged_ema"]
+    return average
+
+
 NUMBERS = st.floats(-60000, 60000, width=32) | st.floats(-(2.0**-13), 2.0**-13, width=32)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @given(number=NUMBERS)
-def test_a_number_goes_to_one_of_its_neighbours_and_is_their_mean(
+def test_an_average_is_rounded_to_one_of_its_two_neighbours_and_in_the_mean_to_itself(
     dtype: torch.dtype, number: float
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    exact = torch.full((20_000,), number)
-    rounded = rounded_at_random(exact, dtype, generator)
-    nearest = exact[:1].to(dtype)
+    rounded = averages_at(number, dtype, 20_000)
+    nearest = torch.tensor([number]).to(dtype)
     beside = [nearest.nextafter(torch.tensor(sign * math.inf, dtype=dtype)) for sign in (-1, 1)]
     around = torch.cat([beside[0], nearest, beside[1]]).double()
     below, above = around[around <= number].max(), around[around >= number].min()
@@ -123,9 +129,8 @@ def test_a_number_goes_to_one_of_its_neighbours_and_is_their_mean(
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_what_is_not_finite_stays_so(dtype: torch.dtype, number: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rounded = rounded_at_random(torch.full((100,), number), dtype, generator)
+def test_an_average_that_is_not_finite_stays_so(dtype: torch.dtype, number: float) -> None:
+    rounded = averages_at(number, dtype, 100)
     assert torch.equal(rounded.isnan(), torch.full((100,), math.isnan(number)))
     assert math.isnan(number) or bool((rounded == number).all())
 

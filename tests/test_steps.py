@@ -181,6 +181,28 @@ def test_a_step_at_a_displayed_learning_rate_of_0_that_moves_weights_counts() ->
     assert counts(optimizer) == (1, 1)
 
 
+@pytest.mark.parametrize(
+    ("lr", "counted"),
+    [
+        (0, 0),
+        (0.0, 0),
+        (torch.tensor(0.0), 0),
+        (1e-300, 1),
+        (torch.tensor(0.1), 1),
+        (None, 1),
+        (torch.zeros((), device="meta"), 1),
+    ],
+    ids=["0", "0.0", "tensor_of_0", "1e-300", "tensor", "none", "on_a_device"],
+)
+def test_a_step_without_gradients_counts_unless_its_learning_rate_is_0_without_asking_a_device(
+    lr: float | Tensor | None, counted: int
+) -> None:
+    optimizer = AveragingOptimizer(SGD(small_model().parameters(), lr=0.1), EMA(0.5))
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    assert optimizer.n_averaged() == counted
+
+
 def test_the_first_step_of_a_warm_up_from_0_counts() -> None:
     model = small_model()
     optimizer = AveragingOptimizer(SGD(model.parameters(), lr=0.1), EMA(0.5))
