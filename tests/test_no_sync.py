@@ -19,7 +19,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,7 @@ class Operations(TorchDispatchMode):
     """Note the operations by which the host reads a tensor, or copies one to or from a device."""
 
     def __init__(self, reads: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as torch wrote it
         self.reads = reads
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,6 +120,9 @@ def host_reads() -> Iterator[list[str]]:
 
 class Centred(nn.Module):
     """Buffers of both kinds, as of batch norm, which can't be made on a made-up device."""
+
+    mean: Tensor
+    count: Tensor
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -202,6 +205,11 @@ def swap(model: nn.Module, optimizer: AveragingOptimizer, name: str) -> None:
         loss_of(model)
 
 
+def swap_in_inference_mode(model: nn.Module, optimizer: AveragingOptimizer, name: str) -> None:
+    with torch.inference_mode(), optimizer.swap_to_averaged(name):
+        optimizer.averaged_state_dict(model, name)
+
+
 def swap_in_place(model: nn.Module, optimizer: AveragingOptimizer, name: str) -> None:
     with optimizer.swap_to_averaged(name, in_place=True):
         loss_of(model)
@@ -255,6 +263,16 @@ def add_a_group(model: nn.Module, optimizer: AveragingOptimizer, name: str) -> N
     optimizer.step()
 
 
+def step_at_a_rate_on_the_device(
+    model: nn.Module, optimizer: AveragingOptimizer, name: str
+) -> None:
+    device = next(model.parameters()).device
+    # Its own step reads no learning rate.
+    idle = AveragingOptimizer.of(model, EMA(0.9), use_buffers=False)
+    idle.param_groups[0]["lr"] = torch.zeros((), device=device)
+    idle.step()
+
+
 def unfreeze(model: nn.Module, optimizer: AveragingOptimizer, name: str) -> None:
     first = next(model.parameters()).requires_grad_(False)
     train(model, optimizer)
@@ -281,7 +299,7 @@ CALLS: dict[str, Call] = {
     "update_averages": lambda model, optimizer, name: optimizer.update_averages(),
     "swap": swap,
     "swap_in_place": swap_in_place,
-    "swap_and_cast": swap_and_cast,
+    "swap_in_inference_mode": swap_in_inference_mode,
     "swap_to_sum": swap_to_sum,
     "evaluate_averages": lambda model, optimizer, name: optimizer.evaluate_averages(
         lambda: loss_of(model)
@@ -304,6 +322,8 @@ CALLS: dict[str, Call] = {
 }
 
 
+# Whose host knows no learning rate without waiting, and doesn't ask.
+ON_DEVICE_ALONE: dict[str, Call] = {"step_at_a_rate_on_the_device": step_at_a_rate_on_the_device}
 # A fake parameter can't be cast: torch exchanges it with another tensor, which its mode refers to.
 ON_CPU_ALONE: dict[str, Call] = {"swap_and_cast": swap_and_cast}
 
@@ -427,3 +447,137 @@ def test_a_wrapper_reads_what_the_bare_optimizer_reads(
 ) -> None:
     bare = reads_of_a_run(build, lambda optimizer: optimizer)
     assert reads_of_a_run(build, lambda optimizer: AveragingOptimizer(optimizer, EMA(0.9))) == bare
+
+
+def test_a_buffer_is_read_when_it_is_first_seen_and_then_never() -> None:
+    with host_reads() as reads:
+        model, optimizer = Setup(has_buffers=True).build()
+    assert reads == [ITEM]  # of the one that is floating-point
+    model.register_buffer("added", torch.ones(2))
+    with host_reads() as reads:
+        train(model, optimizer)
+    assert reads == [ITEM]
+    with host_reads() as reads:
+        train(model, optimizer)
+    assert reads == []
+
+
+@pytest.mark.parametrize("rule", [EMA(0.9), {"ema": EMA(0.9), "swa": SWA()}], ids=["one", "two"])
+def test_skip_nonfinite_reads_each_new_average_and_then_one_number_an_update(
+    rule: Rule | dict[str, Rule],
+) -> None:
+    model, optimizer = Setup(rule, options={"skip_nonfinite": True}).build()
+    with host_reads() as reads:
+        train(model, optimizer)
+    assert reads == [ITEM] * (1 + 4 * len(optimizer.rules))
+    with host_reads() as reads:
+        train(model, optimizer)
+        swap(model, optimizer, "ema")
+        optimizer.state_dict()
+    assert reads == [ITEM]
+
+
+@pytest.mark.parametrize(
+    ("scale", "reads_of_step"), [(1.0, 1), (0.0, 4)], ids=["nonzero_gradients", "zero_gradients"]
+)
+def test_a_step_at_learning_rate_0_reads_gradients_until_one_is_not_0(
+    scale: float, reads_of_step: int
+) -> None:
+    model, optimizer = Setup().build()
+    train(model, optimizer)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.zero_grad()
+    loss_of(model).mul(scale).backward()
+    with host_reads() as reads:
+        optimizer.step()
+    assert reads == [ITEM] * reads_of_step
+
+
+class ChecksInfinities(SGD):
+    """An optimizer of the kind that looks for infinities itself, with the scaler it is given."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure: Any = None, *, grad_scaler: Any = None) -> Any:
+        grad_scaler._check_inf_per_device(self)
+        return super().step(closure)
+
+
+def reads_with_grad_scaler(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    scaler = torch.amp.GradScaler("cpu")
+    scaled: Any = scaler.scale(loss_of(model))
+    scaled.backward()
+    with host_reads() as reads:
+        scaler.step(optimizer)
+    return reads
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("build", "of_scaler", "of_wrapper"),
+    [
+        pytest.param(lambda weights: SGD(weights, lr=0.1), 1, 0, id="scaler_skips"),
+        pytest.param(lambda weights: SGD(weights, lr=0.1, fused=True), 0, 1, id="kernel_skips"),
+        pytest.param(lambda weights: ChecksInfinities(weights, lr=0.1), 0, 1, id="step_skips"),
+    ],
+)
+def test_a_skip_is_read_once_by_the_scaler_or_else_by_the_wrapper(
+    build: Callable[[Iterable[Tensor]], Optimizer], of_scaler: int, of_wrapper: int
+) -> None:
+    model = nn.Linear(3, 4)
+    bare = build(model.parameters())
+    assert reads_with_grad_scaler(bare, model) == [ITEM] * of_scaler
+    wrapped = AveragingOptimizer(build(model.parameters()), EMA(0.9))
+    assert reads_with_grad_scaler(wrapped, model) == [ITEM] * (of_scaler + of_wrapper)
+
+
+ON_DEVICE = {**SETUPS, "in_main_memory": Setup(options={"device": "cpu"})}
+CALLS_ON_DEVICE = {**CALLS, **ON_DEVICE_ALONE}
+
+
+def reads_on_device() -> dict[tuple[str, str], list[str]]:
+    """Return what each call reads on a device that Python makes up, by setup and call."""
+    backend_registration._setup_privateuseone_for_python_backend("made_up")
+    reads = {}
+    with warnings.catch_warnings(action="ignore"):  # torch's, of addresses of fake tensors
+        for setup, call in itertools.product(ON_DEVICE, CALLS_ON_DEVICE):
+            with FakeTensorMode():
+                of, do = ON_DEVICE[setup], CALLS_ON_DEVICE[call]
+                reads[setup, call] = reads_of(of, do, "made_up")
+    return reads
+
+
+@pytest.fixture(scope="module")
+def on_device() -> dict[tuple[str, str], list[str]]:
+    # In a process of its own, which alone has the device.
+    (reads,) = in_processes(1, reads_on_device)
+    found: dict[tuple[str, str], list[str]] = reads
+    return found
+
+
+needs_made_up_device = pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch lets Python make up no device",
+)
+
+
+@needs_made_up_device
+@pytest.mark.parametrize("call", CALLS_ON_DEVICE)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_the_host_reads_no_tensor_and_copies_none_to_or_from_a_device(
+    on_device: dict[tuple[str, str], list[str]], setup: str, call: str
+) -> None:
+    assert on_device[setup, call] == []
+
+
+COPIES = {"_to_copy", "_foreach_copy_", "copy_"}
+
+
+@needs_made_up_device
+@pytest.mark.parametrize("call", CALLS)
+def test_averages_in_main_memory_are_copied_and_not_read(
+    on_device: dict[tuple[str, str], list[str]], call: str
+) -> None:
+    reads = on_device["in_main_memory", call]
+    assert reads
+    assert COPIES.issuperset(reads)
