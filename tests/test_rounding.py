@@ -127,7 +127,13 @@ def test_an_average_is_rounded_to_one_of_its_two_neighbours_and_in_the_mean_to_i
     assert abs(rounded.double().mean().item() - number) <= error
 
 
-@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+# To this NaN of all bits rounding would add a one, and carry it into the sign of a 0.
+FULL_NAN: float = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).item()
+
+
+@pytest.mark.parametrize(
+    "number", [math.inf, -math.inf, math.nan, FULL_NAN], ids=["inf", "-inf", "nan", "full_nan"]
+)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_an_average_that_is_not_finite_stays_so(dtype: torch.dtype, number: float) -> None:
     rounded = averages_at(number, dtype, 100)
