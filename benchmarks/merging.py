@@ -88,7 +88,9 @@ def spread_lost(dtype: torch.dtype, updates: int, length: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mebibytes", type=int, default=2048, help="of one checkpoint (2048)")
+    parser.add_argument(
+        "--mebibytes", type=int, default=2048, help="size of a checkpoint (default: 2048)"
+    )
     mebibytes = parser.parse_args().mebibytes
     console = Console()
     table = Table("checkpoints", "seconds", "MiB used")

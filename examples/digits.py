@@ -1,7 +1,7 @@
-"""Does averaging help? A small ResNet learns digits from labels of which a fifth are random.
+"""Does averaging help? Train a small ResNet on digits, with a fifth of the training labels random.
 
-One run keeps three averages. After every epoch the raw weights and each average are tested, and
-at the end the run is saved and loaded into a new optimizer. Prints a table, draws a picture.
+Each run keeps three averages. It tests the training weights and each average after every epoch.
+At the end, it saves the run and loads it into a new optimizer. Prints a table and draws a picture.
 """
 
 from __future__ import annotations
@@ -106,15 +106,15 @@ def train_epoch(model: nn.Module, optimizer: AveragingOptimizer, batches: Batche
 def evaluate(
     model: nn.Module, optimizer: AveragingOptimizer, train: Batches, test: TensorDataset
 ) -> dict[str, float]:
-    """Return the test accuracy in percent, of the raw weights and of each average.
+    """Return the test accuracy of the training weights and of each average, in percent.
 
-    Raw weights gain from new BatchNorm statistics as averages do, so they are tested with both.
-    An average that has not started has none: NaN.
+    New BatchNorm statistics help the training weights too, so test them with the old and the new.
+    Before an average's first update, its accuracy is NaN.
     """
     copied = copy.deepcopy(model)
-    found = {"raw weights": accuracy(copied, test)}
+    found = {"training weights": accuracy(copied, test)}
     update_bn(train, copied)
-    found["raw weights, BatchNorm re-estimated"] = accuracy(copied, test)
+    found["training weights, BatchNorm re-estimated"] = accuracy(copied, test)
     for name in optimizer.rules:
         with optimizer.swap_to_averaged(name):
             update_bn(train, model)
@@ -132,17 +132,17 @@ def accuracy(model: nn.Module, test: TensorDataset) -> float:
 
 
 def save_safely(checkpoint: dict[str, Any], path: Path) -> None:
-    """Save so that `path` never holds a part of a checkpoint, even if the process is killed."""
-    temporary = f"{path}.tmp"  # in the same folder: replacing is atomic in one file system only
+    """Save so that `path` never holds part of a checkpoint, even if the process is killed."""
+    temporary = f"{path}.tmp"  # in the same folder: replacing is atomic only within a file system
     with open(temporary, "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
-        os.fsync(file.fileno())  # or a power failure may leave the new name with no content
+        os.fsync(file.fileno())  # without it, a power failure may leave an empty file
     os.replace(temporary, path)
 
 
 def check_resume(model: nn.Module, optimizer: AveragingOptimizer, steps: int) -> None:
-    """Save, load into a new model and optimizer, and raise unless all averages are identical."""
+    """Save, load into a new model and optimizer, and raise an error if an average differs."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pt"
         save_safely({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
@@ -155,11 +155,11 @@ def check_resume(model: nn.Module, optimizer: AveragingOptimizer, steps: int) ->
         before = optimizer.averaged_state_dict(model, name)
         after = resumed.averaged_state_dict(resumed_model, name)
         if not all(torch.equal(before[key], after[key]) for key in before):
-            raise RuntimeError(f"The {name} average changed when it was saved and loaded.")
+            raise RuntimeError(f"The {name} average changed when the run was saved and loaded.")
 
 
 def run(seed: int, epochs: int, progress: tqdm[NoReturn]) -> Curves:
-    """Train once and return the test accuracy after each epoch."""
+    """Train once, and return the test accuracy after each epoch."""
     torch.manual_seed(seed)
     train, test = digits()
     batches = DataLoader(train, batch_size=32, shuffle=True)
@@ -186,7 +186,7 @@ def table(runs: list[Curves]) -> Table:
 
 
 def draw(runs: list[Curves], path: Path) -> None:
-    """Draw the mean over the seeds, and the range from the lowest to the highest."""
+    """Draw the mean over the seeds, and the range from lowest to highest."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in runs[0]:
         by_epoch = torch.tensor([curves[name] for curves in runs])
@@ -206,14 +206,14 @@ def draw(runs: list[Curves], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="runs (default: 5)")
-    parser.add_argument("--epochs", type=int, default=16, help="epochs of a run (default: 16)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of runs (default: 5)")
+    parser.add_argument("--epochs", type=int, default=16, help="epochs per run (default: 16)")
     parser.add_argument("--picture", type=Path, default=Path("digits.png"), help="where to draw")
     arguments = parser.parse_args()
     for name in ("seeds", "epochs"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    # On a busy machine, threads of a small model wait for each other far longer than they compute.
+    # On a busy machine, the threads of a small model mostly wait for each other.
     torch.set_num_threads(1)
     console = Console()
     console.print(
@@ -225,8 +225,8 @@ def main() -> None:
     console.print(table(runs))
     console.print(
         f"Mean ± standard deviation over {len(runs)} seeds after {arguments.epochs} epochs. "
-        "Saved and loaded, every average came back identical. "
-        f"Drawn: {arguments.picture}"
+        "Every average is identical after saving and loading. "
+        f"Picture: {arguments.picture}"
     )
 
 
