@@ -1,4 +1,4 @@
-"""A model of which a part is averaged, and what models are wrapped in."""
+"""A model of which a part is averaged, what models are wrapped in, and what happens to them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from training import averaging_sgd
+
+from averaging_optim import EMA, AveragingOptimizer
 
 
 class Adapted(nn.Module):
@@ -23,6 +26,11 @@ class Adapted(nn.Module):
         return result
 
 
+def with_frozen_base() -> tuple[nn.Module, AveragingOptimizer]:
+    model = Adapted()
+    return model, averaging_sgd(model, EMA(0.9))
+
+
 def in_ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
@@ -33,3 +41,12 @@ def compiled(model: nn.Module) -> Any:
 
 def compiled_in_ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(compiled(model))
+
+
+def cast_down(model: nn.Module) -> None:
+    model.half()
+
+
+def give_other_memory(model: nn.Module) -> None:
+    for weight in model.parameters():
+        weight.data = weight.data.clone()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from modules import cast_down, give_other_memory
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
@@ -355,17 +356,8 @@ def test_parameters_added_later_have_the_average_of_their_present_values() -> No
     assert same(averages(optimizer, "swa"), [torch.zeros(1), torch.full((1,), 4.0)])
 
 
-def cast_down(model: nn.Sequential) -> None:
-    model.half()
-
-
 def cast_one_layer_up(model: nn.Sequential) -> None:
     model[2].double()
-
-
-def give_other_memory(model: nn.Sequential) -> None:
-    for weight in model.parameters():
-        weight.data = weight.data.clone()
 
 
 def lay_out_otherwise(model: nn.Sequential) -> None:

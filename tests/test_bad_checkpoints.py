@@ -19,11 +19,20 @@ from hypothesis import strategies as st
 from mutations import FITTING, MUTATIONS, UNFITTING, VALUES, Mutation, trace, with_attribute
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer
-from training import averages, averaging_sgd, everything, same, small_model, train
+from training import (
+    Run,
+    averages,
+    averaging_sgd,
+    everything,
+    of_bfloat16_weights,
+    same,
+    small_model,
+    train,
+    with_snapshots,
+)
 
 from averaging_optim import EMA, LAWA, SWA, T_ADEMA, AveragingOptimizer, Rule
 
-Run = tuple[nn.Sequential, AveragingOptimizer]
 Start = Callable[[], Run]
 
 ENTRY = r"`(state_dict|state|param_groups|averaged_(buffers|parameters))(\[.*\])?` (must|belongs) "
@@ -58,22 +67,10 @@ def with_groups_of_one_shape() -> Run:
     return model, AveragingOptimizer(Adam(groups, lr=0.01, amsgrad=True), T_ADEMA(0.9, 10))
 
 
-def of_bfloat16_weights() -> Run:
-    model = small_model(torch.bfloat16)
-    return model, averaging_sgd(model, RULES)
-
-
 def with_a_frozen_layer() -> Run:
     model = small_model()
     model[0].requires_grad_(False)
     return model, averaging_sgd(model, EMA(0.9), dtype=torch.float64)
-
-
-def with_snapshots() -> Run:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    rules: dict[str, Rule] = {"last": LAWA(k=3), "ema": EMA(0.9)}
-    return model, averaging_sgd(model, rules, buffers=model.buffers())
 
 
 RUNS: list[Start] = [

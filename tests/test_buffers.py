@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from modules import compiled_in_ddp, in_ddp
+from mutations import quantized
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 from torch.optim import SGD
@@ -25,6 +26,7 @@ from training import (
     as_it_is,
     first_layer,
     frozen,
+    in_place,
     loss_of_batch,
     model_with_batch_norm,
     same,
@@ -408,7 +410,7 @@ def with_statistics() -> tuple[nn.Module, AveragingOptimizer]:
     return model, averaging(model, {"ema": EMA(0.75), "swa": SWA(start=1)})
 
 
-def with_snapshots() -> tuple[nn.Module, AveragingOptimizer]:
+def with_snapshots_by_name() -> tuple[nn.Module, AveragingOptimizer]:
     model = model_with_statistics()
     return model, averaging(model, LAWA(k=2))
 
@@ -423,7 +425,7 @@ def with_spectral_norm() -> tuple[nn.Module, AveragingOptimizer]:
     return model, averaging(model, EMA(0.75))
 
 
-RUNS = [with_statistics, with_snapshots, with_copied_buffers, with_spectral_norm]
+RUNS = [with_statistics, with_snapshots_by_name, with_copied_buffers, with_spectral_norm]
 Run = tuple[nn.Module, AveragingOptimizer]
 
 
@@ -628,7 +630,7 @@ def pickled(model: nn.Module, optimizer: AveragingOptimizer) -> Run:
 
 # torch refuses to pickle the modules of parametrizations.
 @pytest.mark.parametrize("copied", [deep_copied, pickled])
-@pytest.mark.parametrize("start", [with_statistics, with_snapshots, with_copied_buffers])
+@pytest.mark.parametrize("start", [with_statistics, with_snapshots_by_name, with_copied_buffers])
 def test_a_model_copied_with_its_optimizer_trains_like_the_first_one_and_apart_from_it(
     start: Callable[[], Run], copied: Callable[[nn.Module, AveragingOptimizer], Run]
 ) -> None:
@@ -660,7 +662,7 @@ def forward(model: nn.Sequential) -> None:
 
 
 @pytest.mark.usefixtures("conversion")
-@pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
+@in_place
 @pytest.mark.parametrize(
     ("replace", "dtype"),
     [
@@ -689,7 +691,7 @@ def test_whatever_is_replaced_inside_a_swap_holds_the_training_values_after_it(
 
 
 @pytest.mark.usefixtures("conversion")
-@pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
+@in_place
 def test_all_parts_that_casting_inside_a_swap_makes_of_what_is_tied_are_restored(
     in_place: bool,
 ) -> None:
@@ -816,17 +818,15 @@ def expanded() -> Tensor:
     return torch.ones(1).expand(3)
 
 
+def of_8_bits() -> Tensor:
+    return quantized(torch.ones(3))
+
+
 def sparse() -> Tensor:
     return torch.ones(3).to_sparse()
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
-def quantized() -> Tensor:
-    return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
-
-
-@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
-@pytest.mark.parametrize("make", [expanded, sparse, quantized])
+@pytest.mark.parametrize("make", [expanded, sparse, of_8_bits])
 def test_an_expanded_sparse_or_quantized_buffer_is_refused(
     make: Callable[[], Tensor],
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from training import (
+    Run,
     assert_same_averages,
     assert_same_steps,
     averages,
@@ -25,15 +26,16 @@ from training import (
     first_layer,
     frozen,
     model_with_batch_norm,
+    of_bfloat16_weights,
     same,
     small_model,
     train,
     values,
+    with_snapshots,
 )
 
 from averaging_optim import (
     EMA,
-    LAWA,
     SWA,
     T_ADEMA,
     AveragingOptimizer,
@@ -43,8 +45,6 @@ from averaging_optim import (
 )
 
 RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA(start=2, every=3)}
-
-Run = tuple[nn.Sequential, AveragingOptimizer]
 
 
 def plain() -> Run:
@@ -62,11 +62,6 @@ def with_buffers() -> Run:
     return model, averaging_sgd(model, RULES, buffers=model.buffers())
 
 
-def of_bfloat16_weights() -> Run:
-    model = small_model(torch.bfloat16)
-    return model, averaging_sgd(model, EMA(0.9))
-
-
 def with_averages_in_double() -> Run:
     model = small_model()
     return model, averaging_sgd(model, SWA(), dtype=torch.float64)
@@ -79,12 +74,6 @@ def with_a_group_left_out() -> Run:
         {"params": model[2].parameters(), "average": False, "lr": 0.01},
     ]
     return model, AveragingOptimizer(SGD(groups, lr=0.1), EMA(0.9))
-
-
-def with_snapshots() -> Run:
-    model = model_with_batch_norm()
-    rules: dict[str, Rule] = {"last": LAWA(k=3), "epochs": LAWA(k=2, start=1, every=2)}
-    return model, averaging_sgd(model, rules, buffers=model.buffers())
 
 
 def with_weights_that_look_ahead() -> Run:

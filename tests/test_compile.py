@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import ExponentialLR
 from training import (
+    MODES,
     assert_averages_of,
     assert_same_averages,
     assert_same_steps,
     averaging_sgd,
     everything,
+    in_place,
     loss_of_batch,
     same,
     small_model,
@@ -130,7 +132,6 @@ BACKENDS = [
     pytest.param({"mode": "reduce-overhead"}, id="reduce_overhead", marks=with_compiler),
 ]
 backends = pytest.mark.parametrize("options", BACKENDS)
-in_place = pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
 
 
 @backends
@@ -161,13 +162,6 @@ def test_a_function_with_a_swap_in_it_compiles_to_what_it_does_uncompiled(
     for _ in range(2):
         assert same(compiled(), expected)
         assert same(everything(model, optimizer), before)
-
-
-MODES: dict[str, Callable[[], Any]] = {
-    "inference": torch.inference_mode,
-    "no_grad": torch.no_grad,
-    "grad": torch.enable_grad,
-}
 
 
 @backends

@@ -17,14 +17,17 @@ from typing import Any
 import pytest
 import torch
 from faults import AtCall, AtInstruction, run_out_of_memory
+from modules import cast_down, give_other_memory
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from training import (
     DTYPES,
+    Run,
     averages,
     averaging_sgd,
     everything,
     frozen,
+    in_place,
     model_with_batch_norm,
     same,
     small_model,
@@ -34,8 +37,6 @@ from training import (
 
 from averaging_optim import EMA, AveragingOptimizer
 from averaging_optim._averages import moving
-
-Run = tuple[nn.Sequential, AveragingOptimizer]
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +130,6 @@ def assert_restored_after_each(
     assert same(everything(model, optimizer), before)
 
 
-in_place = pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
 written = pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
 dtypes = pytest.mark.parametrize(("weights", "dtype"), DTYPES)
 
@@ -351,15 +351,6 @@ def test_handlers_are_back_once_the_main_thread_has_left_whoever_is_still_inside
         thread.submit(elsewhere.close).result()
     assert signal.getsignal(signal.SIGINT) is former
     assert same(everything(model, optimizer), before)
-
-
-def cast_down(model: nn.Module) -> None:
-    model.half()
-
-
-def give_other_memory(model: nn.Module) -> None:
-    for weight in model.parameters():
-        weight.data = weight.data.clone()
 
 
 @dtypes

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
-from training import same
+from training import in_place, same
 
 from averaging_optim import EMA, AveragingOptimizer
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
+@in_place
 def test_interrupts_at_random_times_leave_no_average_in_the_model(in_place: bool) -> None:
     weights = [nn.Parameter(torch.zeros(1000)) for _ in range(10)]
     optimizer = AveragingOptimizer(SGD(weights, lr=0.1), EMA(0.5))

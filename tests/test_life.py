@@ -7,7 +7,6 @@ compared with the recurrence in float64, within the roundings that their dtype h
 from __future__ import annotations
 
 import copy
-import io
 import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -24,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ledger import Ledger
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
-from training import frozen, same
+from training import frozen, same, through_a_file
 
 from averaging_optim import (
     EMA,
@@ -560,13 +559,6 @@ def give_gradients(weights: Iterable[nn.Parameter], seed: int, without: set[int]
     for i, weight in enumerate(weights):
         gradient = torch.randn_like(weight)
         weight.grad = gradient if weight.requires_grad and i not in without else None
-
-
-def through_a_file(state_dict: dict[str, Any]) -> dict[str, Any]:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    loaded: dict[str, Any] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    return loaded
 
 
 TestLife = Life.TestCase

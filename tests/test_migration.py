@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch_ema
 from diffusers.training_utils import EMAModel
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pages import PAGES, blocks
 from peers import timm_model_ema
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -23,8 +23,7 @@ from training import loss_of_batch, model_with_batch_norm, train, weights_of
 from averaging_optim import EMA, AveragingOptimizer
 from averaging_optim.integrations.lightning import EvaluateAveraged
 
-PAGE = (Path(__file__).parent.parent / "docs" / "how-to" / "migration.md").read_text()
-BLOCKS: list[str] = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = blocks(PAGES["docs/how-to/migration.md"])
 UPDATES = 1000
 BATCHES = 5
 

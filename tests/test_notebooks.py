@@ -9,8 +9,7 @@ from typing import Any
 import nbformat
 import pytest
 from execute import NOTEBOOKS, executed
-
-ROOT = Path(__file__).parent.parent
+from pages import ROOT
 
 
 def kinds_of_output(cell: Any) -> list[str]:

@@ -6,7 +6,6 @@ What there is comes from torch's own database, so that a later torch brings its 
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from training import (
     assert_averages_of,
     assert_same_averages,
     assert_same_steps,
+    through_a_file,
     through_pickle,
     values,
 )
@@ -176,12 +176,6 @@ def started(
     return weights, optimizer
 
 
-def saved_and_loaded(thing: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(thing, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-
-
 def assert_same_training(case: Case, *runs: tuple[list[nn.Parameter], Optimizer]) -> None:
     """Go on from step 3 with each run, and compare the weights and losses of every step."""
     first, *others = [train(case, weights, optimizer, 3, first=3) for weights, optimizer in runs]
@@ -225,7 +219,7 @@ def test_averages_are_the_recurrence_over_the_weights(case: Case) -> None:
 @taken
 def test_resuming_equals_never_stopping(case: Case) -> None:
     weights, optimizer = started(case, averaging)
-    saved = saved_and_loaded({"weights": values(weights), "optimizer": optimizer.state_dict()})
+    saved = through_a_file({"weights": values(weights), "optimizer": optimizer.state_dict()})
     resumed = [
         nn.Parameter(each, requires_grad=w.requires_grad)
         for each, w in zip(saved["weights"], weights, strict=True)

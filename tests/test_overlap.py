@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
-from training import averaging_sgd, frozen, loss_of_batch, same, small_model, train, values
+from training import (
+    averaging_sgd,
+    frozen,
+    in_place,
+    loss_of_batch,
+    same,
+    small_model,
+    train,
+    values,
+)
 
 from averaging_optim import EMA, SWA, AveragingOptimizer
 
@@ -28,7 +37,7 @@ def of_one_weight(**options: Any) -> tuple[nn.Parameter, AveragingOptimizer]:
     return weight, optimizer
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
+@in_place
 def test_the_weights_come_back_when_the_last_of_overlapping_swaps_is_left(in_place: bool) -> None:
     weight, optimizer = of_one_weight()
     first, second = ExitStack(), ExitStack()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning_runs import Module, averages_in, each_epoch, fit, trainer_with
-from modules import Adapted, compiled, compiled_in_ddp, in_ddp
+from modules import compiled, compiled_in_ddp, in_ddp, with_frozen_base
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon
 from training import (
@@ -41,19 +41,14 @@ def ones_of(model: nn.Module) -> dict[str, Tensor]:
 # What is averaged, alone.
 
 
-def adapted() -> tuple[Adapted, AveragingOptimizer]:
-    model = Adapted()
-    return model, averaging_sgd(model, EMA(0.9))
-
-
 def test_an_export_of_what_is_averaged_holds_the_adapters_alone_and_loads_back() -> None:
-    model, optimizer = adapted()
+    model, optimizer = with_frozen_base()
     train(model, optimizer, 3)
     exported = optimizer.averaged_state_dict(model, only_averaged=True)
     assert list(exported) == ["down.weight", "up.weight"]
     assert sum(each.untyped_storage().nbytes() for each in exported.values()) == 4 * (3 + 2)
     assert same(exported.values(), averages(optimizer, "ema"))
-    other, fresh = adapted()
+    other, fresh = with_frozen_base()
     assert fresh.load_averaged_state_dict(other, exported, n_averaged=3) == ([], [])
     assert frozen(fresh.averaged_state_dict(other, only_averaged=True)) == frozen(exported)
 
@@ -74,7 +69,7 @@ def test_an_export_of_what_is_averaged_leaves_buffers_and_parts_out_that_are_not
 
 
 def test_whether_only_averages_are_exported_must_be_said_by_a_bool() -> None:
-    model, optimizer = adapted()
+    model, optimizer = with_frozen_base()
     yes: Any = 1
     with pytest.raises(TypeError, match="`only_averaged` must be True or False, got 1"):
         optimizer.averaged_state_dict(model, only_averaged=yes)

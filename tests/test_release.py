@@ -10,10 +10,10 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+from pages import ROOT
 
 import averaging_optim
 
-ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "release.py", ROOT / "CITATION.cff", ROOT / "CHANGELOG.md"]
 PACKAGE = Path(averaging_optim.__file__)
 NEW_ENTRY = "## [Unreleased]\n\n### Added\n\n- Something.\n"

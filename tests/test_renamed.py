@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from pytorch_optimizer import Lookahead as OwnFormat
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, Adam, Optimizer
-from training import frozen, model_with_batch_norm, small_model, train
+from training import frozen, model_with_batch_norm, small_model, tensors_in, train
 
 from averaging_optim import EMA, LAWA, SWA, AveragingOptimizer, Rule, renamed
 
@@ -180,14 +180,6 @@ def test_the_state_dict_is_left_as_it_is_and_its_tensors_are_referenced(begin: B
     assert frozen(saved) == before
     assert {id(each) for each in tensors_in(result)} == {id(each) for each in tensors_in(saved)}
     assert frozen(by_key(renamed(result, {"slow": "ema", "mean": "last"}))) == frozen(by_key(saved))
-
-
-def tensors_in(nested: Any) -> list[Tensor]:
-    if isinstance(nested, Tensor):
-        return [nested]
-    parts = nested.values() if isinstance(nested, dict) else nested
-    is_nest = isinstance(nested, dict | list | tuple)
-    return [each for part in parts for each in tensors_in(part)] if is_nest else []
 
 
 def test_entries_that_are_not_averages_keep_their_key() -> None:

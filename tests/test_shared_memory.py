@@ -15,6 +15,7 @@ from training import (
     assert_same_steps,
     averages,
     frozen,
+    in_place,
     recurrence,
     same,
     small_model,
@@ -74,7 +75,6 @@ SHARED: dict[str, Callable[[], Shared]] = {
     "twice": twice,
 }
 shared = pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
-in_place = pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
 RULE = EMA(0.9)
 
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
-from torch.utils._pytree import tree_leaves
 from training import (
     DTYPES,
     TWO_RULES,
@@ -24,6 +23,7 @@ from training import (
     model_with_batch_norm,
     same,
     small_model,
+    tensors_in,
     through_pickle,
     train,
     values,
@@ -183,10 +183,6 @@ def test_a_rule_that_takes_the_key_of_the_weights_cannot_be_evaluated_with_them(
     optimizer = averaging_sgd(small_model(), {"weights": EMA()})
     with pytest.raises(ValueError, match="`rule` must not name an average 'weights'"):
         optimizer.evaluate_averages(lambda: 0)
-
-
-def tensors_in(nested: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
 @pytest.mark.parametrize(("weights", "dtype"), DTYPES)

@@ -8,16 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from mutations import quantized
 from schedulefree import SGDScheduleFree
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim import SGD
 from training import (
     DTYPES,
+    MODES,
     averages,
     averaging_sgd,
     everything,
     frozen,
+    in_place,
     model_with_batch_norm,
     same,
     small_model,
@@ -123,16 +126,9 @@ def test_what_was_handed_out_stays_what_it_was_through_a_swap() -> None:
     assert frozen(saved_inside) == before[0]
 
 
-MODES: dict[str, Callable[[], Any]] = {
-    "inference": torch.inference_mode,
-    "no_grad": torch.no_grad,
-    "grad": torch.enable_grad,
-}
-
-
 @pytest.mark.parametrize("inside", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("on_leaving", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
+@in_place
 @pytest.mark.parametrize(("weights", "dtype"), DTYPES)
 def test_a_swap_is_entered_and_left_in_any_mode(
     inside: Callable[[], Any],
@@ -301,20 +297,15 @@ def test_a_swap_that_is_entered_and_not_kept_stays_entered() -> None:
         optimizer.step()
 
 
-def quantized() -> Tensor:
-    return torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8)
-
-
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
         (lambda: torch.zeros(1).expand(3), "expanded"),
         (lambda: torch.zeros(3).to_sparse(), "torch.sparse_coo"),
-        (quantized, "quantized"),
+        (lambda: quantized(torch.zeros(3)), "quantized"),
     ],
     ids=["expanded", "sparse", "quantized"],
 )
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_a_buffer_without_memory_of_its_own_is_refused(
     make: Callable[[], Tensor], kind: str
 ) -> None:

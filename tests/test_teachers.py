@@ -14,7 +14,7 @@ from weakref import ref
 import pytest
 import torch
 import torch.distributed as dist
-from modules import Adapted, compiled, in_ddp
+from modules import Adapted, compiled, in_ddp, with_frozen_base
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -377,11 +377,6 @@ def test_a_buffer_that_grows_is_followed() -> None:
 
 
 # What is not averaged.
-
-
-def with_frozen_base() -> tuple[nn.Module, AveragingOptimizer]:
-    model = Adapted()
-    return model, averaging_sgd(model, EMA(0.9))
 
 
 def with_base_in_no_optimizer() -> tuple[nn.Module, AveragingOptimizer]:

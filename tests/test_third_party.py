@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -30,7 +29,7 @@ from third_party import (
 )
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, StepLR
-from training import as_it_is, frozen, recurrence, same, values
+from training import as_it_is, frozen, recurrence, same, through_a_file, through_any_file, values
 
 from averaging_optim import EMA, SWA, AveragingOptimizer, Rule
 
@@ -132,10 +131,10 @@ def test_a_swap_is_undone_and_training_continues_as_without_a_swap(
 
 def resumed(case: Case, trial: Trial, wrap: Wrap, *, weights_only: bool) -> Run:
     """Train half of the steps, save, and return a new run with all that was saved loaded."""
-    run, file = begun(case, trial.step, wrap), io.BytesIO()
+    run = begun(case, trial.step, wrap)
     run.train(HALF)
-    torch.save((run.model.state_dict(), run.optimizer.state_dict()), file)
-    model, optimizer = torch.load(io.BytesIO(file.getvalue()), weights_only=weights_only)
+    saved = run.model.state_dict(), run.optimizer.state_dict()
+    model, optimizer = through_a_file(saved) if weights_only else through_any_file(saved)
     new = begun(case, trial.step, wrap)
     new.model.load_state_dict(model)
     new.optimizer.load_state_dict(optimizer)

@@ -19,6 +19,7 @@ from training import (
     TWO_RULES,
     everything,
     frozen,
+    in_place,
     loss_of_batch,
     model_with_batch_norm,
     same,
@@ -250,7 +251,7 @@ def test_a_swap_that_one_of_two_refuses_leaves_the_other_as_it_was(busy: int) ->
 
 
 @pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
+@in_place
 def test_running_out_of_memory_at_any_point_of_entering_restores_both(
     in_place: bool, written: bool
 ) -> None:
@@ -270,7 +271,7 @@ def test_running_out_of_memory_at_any_point_of_entering_restores_both(
     assert_is_as_before(pair, before)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
+@in_place
 def test_an_exception_in_the_block_restores_both(in_place: bool) -> None:
     pair = trained_pair()
     before = all_there_is(pair)

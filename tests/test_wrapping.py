@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections import defaultdict
 from typing import Any
 
@@ -20,6 +19,7 @@ from training import (
     loss_of_batch,
     same,
     small_model,
+    through_any_file,
     through_pickle,
     train,
     values,
@@ -146,13 +146,7 @@ def test_a_rule_alone_is_named_after_its_class_in_lower_case(rule: Rule, name: s
     assert f"n_averaged_{name}" in optimizer.param_groups[0]
 
 
-def through_torch_save(thing: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(thing, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_any_file])
 def test_a_copy_has_averages_of_its_own(duplicate: Any) -> None:
     model = small_model()
     optimizer = averaging_sgd(model, TWO_RULES, buffers=[torch.ones(2)])

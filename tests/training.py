@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+from torch.utils._pytree import tree_leaves
 
 from averaging_optim import (
     EMA,
@@ -31,6 +33,12 @@ from averaging_optim import (
     TFRamp,
 )
 
+in_place = pytest.mark.parametrize("in_place", [False, True], ids=["backed_up", "in_place"])
+MODES: dict[str, Callable[[], Any]] = {
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "grad": torch.enable_grad,
+}
 # Of weights and averages: alike, they change places in a swap; else weights are backed up.
 DTYPES = [
     pytest.param(torch.float32, None, id="exchanged"),
@@ -38,8 +46,6 @@ DTYPES = [
     pytest.param(torch.float32, torch.float64, id="backed_up_double"),
     pytest.param(torch.bfloat16, torch.bfloat16, id="exchanged_low"),
 ]
-
-
 TWO_RULES: dict[str, Rule] = {"ema": EMA(0.9), "swa": SWA()}
 
 
@@ -65,6 +71,24 @@ def averaging_sgd(
 ) -> AveragingOptimizer:
     sgd = SGD(model.parameters(), lr=0.1, momentum=0.9)
     return AveragingOptimizer(sgd, rule, buffers=buffers, dtype=dtype, device=device)
+
+
+Run = tuple[nn.Sequential, AveragingOptimizer]
+
+
+def of_bfloat16_weights() -> Run:
+    model = small_model(torch.bfloat16)
+    return model, averaging_sgd(model, TWO_RULES)
+
+
+def with_snapshots() -> Run:
+    model = model_with_batch_norm()
+    rules: dict[str, Rule] = {
+        "last": LAWA(k=3),
+        "epochs": LAWA(k=2, start=1, every=2),
+        "ema": EMA(0.9),
+    }
+    return model, averaging_sgd(model, rules, buffers=model.buffers())
 
 
 def train(model: nn.Module, optimizer: Optimizer, steps: int, first: int = 0) -> list[list[Tensor]]:
@@ -196,6 +220,25 @@ def through_pickle(thing: Any) -> Any:
 def averages(optimizer: AveragingOptimizer, name: str) -> list[Tensor]:
     """Return the averages of all parameters, in the order of the state dict."""
     return saved_averages(optimizer.state_dict(), name)
+
+
+def through_a_file(state_dict: Any) -> Any:
+    return _saved_and_loaded(state_dict, weights_only=True)
+
+
+def through_any_file(thing: Any) -> Any:
+    """Save and load as what is no state dict is, such as a whole model."""
+    return _saved_and_loaded(thing, weights_only=False)
+
+
+def _saved_and_loaded(thing: Any, *, weights_only: bool) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=weights_only)
+
+
+def tensors_in(nested: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
 
 
 def saved_averages(state_dict: dict[str, Any], name: str) -> list[Tensor]:

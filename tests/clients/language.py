@@ -11,6 +11,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from clients.driven import Run
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "dog", "run"]
 SENTENCES = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
 
@@ -37,6 +39,12 @@ def language_model() -> Any:
 
 
 TOKENS = torch.randint(16, (8, 6), generator=torch.Generator().manual_seed(0))
+
+
+def finished(trainer: Any, **resuming: Any) -> Run:
+    trainer.train(**resuming)
+    model = trainer.model.eval()
+    return Run(model, trainer.optimizer.optimizer, lambda: model(TOKENS).logits.detach())
 
 
 def arguments(folder: Path, **others: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from clients.driven import Run, Wrap, check_driven, check_resumed, seeded, wrapped
-from clients.language import TOKENS, arguments, language_model
+from clients.driven import Wrap, check_driven, check_resumed, seeded, wrapped
+from clients.language import TOKENS, arguments, finished, language_model
 
 DATA: Any = [{"input_ids": tokens, "labels": tokens} for tokens in TOKENS]
 
@@ -31,12 +31,6 @@ def trainer(wrap: Wrap, folder: Path) -> Any:
         train_dataset=DATA,
         optimizers=(optimizer, None),
     )
-
-
-def finished(trainer: Any, **resuming: Any) -> Run:
-    trainer.train(**resuming)
-    model = trainer.model.eval()
-    return Run(model, trainer.optimizer.optimizer, lambda: model(TOKENS).logits.detach())
 
 
 def test_an_adapter_trains_as_without_the_wrapper(tmp_path: Path) -> None:

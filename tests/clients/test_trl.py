@@ -12,8 +12,14 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from clients.driven import Run, Wrap, check_driven, check_resumed, seeded, wrapped
-from clients.language import SENTENCES, TOKENS, arguments, language_model, pretrained_tokenizer
+from clients.driven import Wrap, check_driven, check_resumed, seeded, wrapped
+from clients.language import (
+    SENTENCES,
+    arguments,
+    finished,
+    language_model,
+    pretrained_tokenizer,
+)
 
 
 def fine_tuner(wrap: Wrap, folder: Path) -> Any:
@@ -41,12 +47,6 @@ def preference_tuner(wrap: Wrap, folder: Path) -> Any:
         processing_class=pretrained_tokenizer(),
         optimizers=(wrap(torch.optim.AdamW(model.parameters(), lr=0.01)), None),
     )
-
-
-def finished(trainer: Any, **resuming: Any) -> Run:
-    trainer.train(**resuming)
-    model = trainer.model.eval()
-    return Run(model, trainer.optimizer.optimizer, lambda: model(TOKENS).logits.detach())
 
 
 MAKERS = pytest.mark.parametrize("maker", [fine_tuner, preference_tuner])
