@@ -218,7 +218,7 @@ def ready() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        ({"x": "y"}, ValueError, r"`names` must map averages of the checkpoint, \['ema', 'swa'\]"),
+        ({"x": "y"}, ValueError, r"`names` must map averages in the checkpoint, \['ema', 'swa'\]"),
         ({"averaged_ema": "y"}, ValueError, r"`names` must map averages .*, got 'averaged_ema'\."),
         ({"ema_1": "y"}, ValueError, r"`names` must map averages .*, got 'ema_1'\."),
         ({"ema": "swa"}, ValueError, r"`names` must give each average a different name, got \{"),
