@@ -15,7 +15,7 @@ PACKAGED += tests/test_killed.py tests/test_parallel.py
 
 CHECK_SCHEMA := .venv-package/bin/check-jsonschema --builtin-schema
 
-.PHONY: bench demo docs notebooks random-labels test soak test-clients test-optimizers test-oldest
+.PHONY: bench demo docs language-model notebooks random-labels test soak test-clients test-optimizers test-oldest
 .PHONY: test-newest package release clean
 
 demo: .venv/demo
@@ -40,6 +40,11 @@ notebooks: .venv/ready
 # The large experiment that the second notebook quotes: up to an hour of one core.
 random-labels: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python examples/random_labels.py > examples/random_labels.txt
+
+# The runs of examples/language_plan.py that have no result yet, then tables and pictures of all.
+language-model: .venv/demo
+	$(BIN)/python examples/language_model.py all
+	$(BIN)/python examples/language_model.py report
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/cpu.py --largest 1e9

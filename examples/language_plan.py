@@ -69,12 +69,12 @@ class Scale:
     """The size of every run. Tests take a smaller one."""
 
     steps: int = 1600  # of a run of 100 %
-    batch: int = 8
-    context: int = 256
+    batch: int = 16
+    context: int = 128
     width: int = 128
     layers: int = 2
     points: int = 8  # at which a run of 100 % is evaluated, a multiple of 4
-    windows: int = 64  # of `context` bytes to choose with, and as many to report
+    windows: int = 128  # of `context` bytes to choose with, and as many to report
 
     def steps_of(self, percent: int) -> int:
         return self.steps * percent // 100

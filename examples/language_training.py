@@ -14,7 +14,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from averaging_optim import AveragingOptimizer, PowerEMA, Rule, together
 from averaging_optim.post_hoc import decay_shares, merge, reconstruct
 
 BYTES = 256
+HEAD_WIDTH = 32
 NOT_TRAINED_ON = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 SPLIT_SEED = 0
 PARTS = ("train", "choose", "report")
@@ -38,9 +39,16 @@ Losses = dict[str, float]
 class Block(nn.Module):
     """Attention and a multilayer perceptron, each beside the residual stream."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    turns: Tensor
+
+    def __init__(self, width: int, heads: int, context: int) -> None:
         super().__init__()
         self.heads = heads
+        # Rotary positions. Source: Su et al.: RoFormer, 2021, arXiv 2104.09864.
+        speeds = 10_000 ** -torch.linspace(0, 1, width // heads // 2)
+        angles = torch.outer(torch.arange(context), speeds)
+        turns = torch.stack([angles.cos(), angles.sin()])
+        self.register_buffer("turns", turns, persistent=False)
         self.before_attention = nn.RMSNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.attended = nn.Linear(width, width, bias=False)
@@ -58,8 +66,16 @@ class Block(nn.Module):
         batch, length, width = x.shape
         by_head = self.query_key_value(x).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = by_head.permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = nn.functional.scaled_dot_product_attention(
+            self.turned(query), self.turned(key), value, is_causal=True
+        )
         return mixed.transpose(1, 2).reshape(batch, length, width)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Turn each pair of coordinates by an angle that grows with the position."""
+        cos, sin = self.turns[:, : x.shape[-2]]
+        one, other = x.chunk(2, dim=-1)
+        return torch.cat([one * cos - other * sin, one * sin + other * cos], dim=-1)
 
 
 class Decoder(nn.Module):
@@ -68,14 +84,13 @@ class Decoder(nn.Module):
     def __init__(self, width: int, layers: int, context: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(BYTES, width)
-        self.position = nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, heads=width // 32) for _ in range(layers)))
+        heads = width // HEAD_WIDTH
+        self.blocks = nn.Sequential(*(Block(width, heads, context) for _ in range(layers)))
         self.before_head = nn.RMSNorm(width)
         self.head = nn.Linear(width, BYTES, bias=False)
 
     def forward(self, text: Tensor) -> Tensor:
-        x = self.embedding(text) + self.position.weight[: text.shape[1]]
-        scores: Tensor = self.head(self.before_head(self.blocks(x)))
+        scores: Tensor = self.head(self.before_head(self.blocks(self.embedding(text))))
         return scores
 
 
@@ -191,31 +206,37 @@ class Training:
                     with self.others[dtype].swap_to_averaged(name):
                         found[f"{name}, {dtype}"] = self.losses()
             if self.scale.is_mark(self.step_number):
-                found |= self.after_training(kept)
+                found |= self.merged(kept)
+            if self.step_number == self.steps:
+                found |= self.reconstructed(kept)
         by_part = {part: {name: each[part] for name, each in found.items()} for part in PARTS[1:]}
         self.points.append({"step": self.step_number, **by_part})
 
-    def after_training(self, kept: Path) -> dict[str, Losses]:
-        """Return the losses of averages that are made from checkpoints, as though it ended here."""
-        scratch = Decoder(self.scale.width, self.scale.layers, self.scale.context)
-        found = {}
-        last = [checkpoint_at(kept, s) for s in self.scale.merged_steps(self.step_number)]
-        for kind in plan.MERGES:
-            scratch.load_state_dict(merge(last, decay_shares(kind, plan.MERGED), key="model"))
-            found[plan.merged(kind)] = self.losses(scratch)
-        steps = [s for s in self.scale.kept_steps() if s <= self.step_number]
-        so_far = [checkpoint_at(kept, s) for s in steps]
-        for width in plan.WIDTHS:
-            scratch.load_state_dict(reconstruct(so_far, self.model, width, self.others["saved"]))
-            found[plan.made(width)] = self.losses(scratch)
-        return found
+    def merged(self, kept: Path) -> dict[str, Losses]:
+        """Return the losses of merged checkpoints, as though the run ended here."""
+        steps = self.scale.merged_steps(self.step_number)
+        last = [checkpoint_at(kept, step) for step in steps]
+        return {
+            plan.merged(kind): self.losses(merge(last, decay_shares(kind, len(last)), key="model"))
+            for kind in plan.MERGES
+        }
+
+    def reconstructed(self, kept: Path) -> dict[str, Losses]:
+        """Return the losses of averages of each width, made from those that were saved."""
+        paths, saved = sorted(kept.glob("*.pt")), self.others["saved"]
+        return {
+            plan.made(width): self.losses(reconstruct(paths, self.model, width, saved))
+            for width in plan.WIDTHS
+        }
 
     @torch.no_grad()
-    def losses(self, model: nn.Module | None = None) -> Losses:
-        return {
-            part: bits_a_byte(model or self.model, text).item()
-            for part, text in self.windows.items()
-        }
+    def losses(self, weights: dict[str, Tensor] | None = None) -> Losses:
+        """Return the loss on each part of the text, of the model's weights or of others."""
+        model = self.model
+        if weights is not None:
+            model = Decoder(self.scale.width, self.scale.layers, self.scale.context)
+            model.load_state_dict(weights)
+        return {part: bits_a_byte(model, text).item() for part, text in self.windows.items()}
 
     def keep(self, path: Path) -> None:
         """Save what `merge` and `reconstruct` need."""
@@ -255,13 +276,12 @@ def plain_optimizers(model: Decoder) -> tuple[torch.optim.Muon, torch.optim.Adam
 def averages_beside(model: Decoder, rules: dict[str, Rule]) -> dict[str, AveragingOptimizer]:
     chosen = {name: rules[name] for name in plan.IN_BFLOAT16}
     widths = {plan.kept(width): PowerEMA.from_width(width) for width in plan.SAVED_WIDTHS}
-    half = torch.bfloat16
+    # Buffers are copied: in bfloat16 the angles of positions would be rounded.
+    half = partial(AveragingOptimizer.of, model, chosen, use_buffers=False, dtype=torch.bfloat16)
     return {
-        "bfloat16": AveragingOptimizer.of(model, chosen, dtype=half),
-        "stochastic bfloat16": AveragingOptimizer.of(
-            model, chosen, dtype=half, rounding="stochastic"
-        ),
-        "saved": AveragingOptimizer.of(model, widths),
+        "bfloat16": half(),
+        "stochastic bfloat16": half(rounding="stochastic"),
+        "saved": AveragingOptimizer.of(model, widths, use_buffers=False),
     }
 
 

@@ -1,4 +1,4 @@
-"""The language-model example: its runs resume exactly, its plan is whole, and its report is made."""
+"""The language-model example: runs resume exactly, the plan is whole, its report is made."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def corpus() -> Corpus:
     return standard_library()
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -37,7 +37,7 @@ def stop_after(steps: int) -> Callable[[], None]:
 
     def progress() -> None:
         if next(left, None) is None:
-            raise Stopped
+            raise StoppedError
 
     return progress
 
@@ -49,43 +49,56 @@ def trained(path: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("schedule", plan.SCHEDULES)
-def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_stopped(
-    schedule: str, corpus: Corpus, tmp_path: Path
-) -> None:
-    run = Run(schedule, 100, seed=7, rate=0.01)
-    never_stopped = train(run, SMALL, corpus, tmp_path / "whole")
-    with pytest.raises(Stopped):
-        train(run, SMALL, corpus, tmp_path / "parts", progress=stop_after(10))
+@pytest.fixture(scope="module")
+def constant(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of a constant run that never stopped."""
+    return trained(train(run_of("constant"), SMALL, corpus, tmp_path_factory.mktemp("constant")))
+
+
+def run_of(schedule: str, percent: int = 100) -> Run:
+    return Run(schedule, percent, seed=7, rate=0.01)
+
+
+def resumed(schedule: str, corpus: Corpus, folder: Path) -> dict[str, Any]:
+    """Return the result of a run that was stopped after 10 steps, and resumed."""
+    with pytest.raises(StoppedError):
+        train(run_of(schedule), SMALL, corpus, folder, progress=stop_after(10))
     remaining: list[None] = []
-    resumed = train(
-        run,
-        SMALL,
-        corpus,
-        tmp_path / "parts",
+    path = train(
+        *(run_of(schedule), SMALL, corpus, folder),
         resume=True,
         progress=lambda: remaining.append(None),
     )
-    assert trained(resumed) == trained(never_stopped)
     assert len(remaining) == SMALL.steps - 8  # there is a point after every fourth step
-    assert list((tmp_path / "parts").iterdir()) == [resumed]
+    assert list(folder.iterdir()) == [path]
+    return trained(path)
 
 
-def test_a_width_made_after_training_is_the_one_that_was_kept(
-    corpus: Corpus, tmp_path: Path
+def test_a_constant_run_that_was_stopped_and_resumed_is_the_run_that_never_stopped(
+    constant: dict[str, Any], corpus: Corpus, tmp_path: Path
 ) -> None:
-    train(Run("constant", 100, seed=7, rate=0.01), SMALL, corpus, tmp_path)
-    (result,) = read_results(tmp_path).values()
-    last = result["points"][-1]["report"]
-    for_each = {width: (last[plan.made(width)], last[plan.kept(width)]) for width in (0.05, 0.1)}
+    assert resumed("constant", corpus, tmp_path) == constant
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "lookahead"])
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_stopped(
+    schedule: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    never_stopped = train(run_of(schedule), SMALL, corpus, tmp_path / "whole")
+    assert resumed(schedule, corpus, tmp_path / "parts") == trained(never_stopped)
+
+
+@pytest.mark.parametrize("width", plan.SAVED_WIDTHS)
+def test_a_width_made_after_training_is_the_one_that_was_kept(
+    width: float, constant: dict[str, Any]
+) -> None:
+    last = constant["points"][-1]["report"]
     # Made in float64 and kept in float32.
-    assert for_each == {width: pytest.approx((kept, kept)) for width, (_, kept) in for_each.items()}
+    assert last[plan.made(width)] == pytest.approx(last[plan.kept(width)], rel=1e-5)
 
 
-def test_training_learns(corpus: Corpus, tmp_path: Path) -> None:
-    train(Run("constant", 100, seed=7, rate=0.01), SMALL, corpus, tmp_path)
-    (result,) = read_results(tmp_path).values()
-    losses = [point["choose"]["weights"] for point in result["points"]]
+def test_training_learns(constant: dict[str, Any]) -> None:
+    losses = [point["choose"]["weights"] for point in constant["points"]]
     assert losses == sorted(losses, reverse=True)
 
 
@@ -109,7 +122,7 @@ def test_all_parts_of_the_text_differ(corpus: Corpus) -> None:
 def nearly_all_results(corpus: Corpus, folder: Path) -> None:
     """Write a result for each run of the plan but two; those of a kind share a training."""
     for schedule, percent in KINDS:
-        path = train(Run(schedule, percent, 7, 0.01), SMALL, corpus, folder)
+        path = train(run_of(schedule, percent), SMALL, corpus, folder)
         result = json.loads(path.read_text())
         path.unlink()
         for run in everything():
