@@ -24,6 +24,16 @@ CURVES = ("weights", "EMA 0.99", "EMA 0.998", "LAWA", "PowerEMA 0.1", "T_ADEMA")
 ANYTIME = (*CURVES, "HalfLifeFraction", *map(plan.merged, plan.MERGES))
 NOT_IN_TABLE = {"first", *map(plan.kept, plan.WIDTHS), *map(plan.made, plan.WIDTHS)}
 
+HEADING = """\
+# A small language model and its averages
+
+Written by `make language-model`: bits a byte, mean ± standard error over {seeds} seeds. Rates and
+widths were chosen on other text. The questions are in [the plan](../language_plan.py). Costs are
+those of {processor}, Python {python}, torch {torch}.
+
+![Loss against steps](curves.png) ![Loss against width](widths.png)
+"""
+
 Result = dict[str, Any]
 Results = Mapping[str, Result]
 Series = list[float]  # one value for each seed
@@ -236,14 +246,21 @@ def write_report(results: Results, folder: Path, console: Console) -> None:
     everything = tables(results)
     for table in everything:
         console.print(table)
-    with (folder / "results.md").open("w") as file:
-        plain = Console(file=file, width=160)
-        for table in everything:
-            plain.print(f"## {table.title}")
-            table.title = None
-            plain.print(table)
+    write_atomically(folder / "results.md", lambda file: file.write(markdown(everything, results)))
     draw_curves(results, folder / "curves.png")
     draw_widths(results, folder / "widths.png")
+
+
+def markdown(everything: Sequence[Table], results: Results) -> bytes:
+    console = Console(width=160)
+    with console.capture() as captured:
+        heading = HEADING.format(seeds=len(plan.SEEDS), **results[COSTS]["machine"])
+        console.print(heading, markup=False)
+        for table in everything:
+            console.print(f"## {table.title}")
+            table.title = None
+            console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).encode() + b"\n"
 
 
 def draw_curves(results: Results, path: Path) -> None:

@@ -1,6 +1,6 @@
 """A small language model, its text, and one training run that keeps dozens of averages.
 
-A decoder of 0.5 million weights learns to predict the bytes of Python's standard library. Muon
+A decoder of 0.46 million weights learns to predict the bytes of Python's standard library. Muon
 trains its matrices and AdamW the rest, with the same averages, which `together` evaluates as one.
 """
 
