@@ -521,6 +521,15 @@ def test_a_refusal_shows_no_more_than_fits_a_line(value: str, place: str) -> Non
     assert 0 < len(refusal_of(saved, with_momentum)) < 300
 
 
+def test_an_average_of_a_weight_that_was_saved_as_frozen_is_refused() -> None:
+    saved = saved_by(with_a_frozen_layer)
+    saved["state"][0] = {"averaged_ema": torch.ones(4, 3)}
+    message = (
+        r"`state\[0\]\['averaged_ema'\]` must be absent, as `averaged_parameters\[0\]` is empty"
+    )
+    assert re.match(message, refusal_of(saved, with_a_frozen_layer))
+
+
 def test_groups_of_one_shape_are_matched_by_their_order() -> None:
     saved = saved_by(with_groups_of_one_shape)
     saved["param_groups"][:2] = reversed(saved["param_groups"][:2])

@@ -210,6 +210,7 @@ class _Saved:
         averages = {}
         for index, weight in self.weights.items():
             if self._was_frozen(index):
+                self._check_has_none(index, AVERAGE + key)
                 continue
             entry = self._entry(index)
             value = without_attributes(entry.get(AVERAGE + key))
@@ -235,6 +236,14 @@ class _Saved:
     def _was_frozen(self, index: Any) -> bool:
         """Return whether a parameter was saved to be its own average."""
         return index in self.apart and not self.apart[index]
+
+    def _check_has_none(self, index: Any, key: str) -> None:
+        if key in self.state.get(index, {}):
+            place = f"[{short_repr(index)}]"
+            raise ValueError(
+                f"`state{place}[{key!r}]` must be absent, as `{PARAMETERS}{place}` is empty, got "
+                f"{short_repr(self.state[index][key])}. Delete one of the two."
+            )
 
     def _entry(self, index: Any) -> dict[str, Any]:
         return {**self.state.get(index, {}), **self.apart.get(index, {})}
