@@ -51,13 +51,17 @@ BLOCKS = 5  # of steps that are timed
 Step = Callable[[int], object]
 
 
-def run_one(run: Run, scale: Scale, folder: Path, *, resume: bool, quiet: bool = False) -> Run:
-    """Train, with a bar of its steps, and write the result."""
+def run_one(run: Run, scale: Scale, folder: Path, *, resume: bool) -> None:
+    """Train, with a bar of the steps, and write the result."""
     torch.set_num_threads(1)
-    steps = scale.steps_of(run.percent)
     progress: tqdm[NoReturn]
-    with tqdm(total=steps, desc=run.name, unit="step", disable=quiet) as progress:
+    with tqdm(total=scale.steps_of(run.percent), desc=run.name, unit="step") as progress:
         train(run, scale, standard_library(), folder, resume=resume, progress=progress.update)
+
+
+def run_in_pool(run: Run, scale: Scale, folder: Path) -> Run:
+    torch.set_num_threads(1)
+    train(run, scale, standard_library(), folder, resume=True)
     return run
 
 
@@ -99,15 +103,17 @@ def forecast(runs: Sequence[Run], scale: Scale, processes: int) -> str:
 
 
 def run_side_by_side(runs: Sequence[Run], scale: Scale, folder: Path, processes: int) -> None:
+    if not runs:
+        return
     # Spawned, as torch is not safe to fork once it has threads. Ctrl-C is for the parent alone.
     context = multiprocessing.get_context("spawn")
-    execute = partial(run_one, scale=scale, folder=folder, resume=True, quiet=True)
+    execute = partial(run_in_pool, scale=scale, folder=folder)
     total = sum(bytes_of(run, scale) for run in runs)
     ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)
     progress: tqdm[NoReturn]
     with (
-        context.Pool(min(processes, len(runs)) or 1, signal.signal, ignore_interrupts) as pool,
-        tqdm(total=total, unit="B", unit_scale=True, disable=not runs) as progress,
+        context.Pool(min(processes, len(runs)), signal.signal, ignore_interrupts) as pool,
+        tqdm(total=total, unit="B", unit_scale=True) as progress,
     ):
         for run in pool.imap_unordered(execute, runs):
             progress.write(f"{run.name} is done.")
