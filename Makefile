@@ -5,7 +5,8 @@ OLDEST := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]$$/\1/p' pyprojec
 # Thousands of cases, a million updates and whole runs, which tracing slows and which cover nothing
 # more.
 UNTRACED := tests/test_optim_db.py tests/test_life.py tests/test_long_life.py
-UNTRACED += tests/test_language_model.py tests/test_notebooks.py tests/test_third_party.py tests/test_interrupts.py
+UNTRACED += tests/test_notebooks.py tests/test_third_party.py tests/test_interrupts.py
+UNTRACED += tests/test_language_model.py tests/test_migration.py tests/test_no_sync.py
 
 # What reads files of the repository or starts Python, so that a file left out of what is uploaded is
 # missed. The other tests see the same modules as `make test` does.

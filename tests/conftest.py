@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -41,6 +42,10 @@ def pytest_terminal_summary(
 @pytest.fixture
 def process_group() -> Iterator[None]:
     """Let this process be a group of one, where what shards weights can be run and traced."""
+    environment = dict(os.environ)
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+    # Trainers write there where processes meet, and would make a group of the next one too.
+    os.environ.clear()
+    os.environ.update(environment)

@@ -453,3 +453,10 @@ def test_getattr_static_finds_what_an_optimizer_has(name: str) -> None:
     """Python 3.12 looks so for the members of a protocol, such as Lightning's of optimizers."""
     optimizer = averaging_sgd(small_model(), EMA(0.9))
     assert inspect.getattr_static(optimizer, name, None) is not None
+
+
+def test_defaults_that_are_replaced_are_those_of_the_wrapped_optimizer() -> None:
+    optimizer = averaging_sgd(small_model(), EMA(0.9))
+    defaults = {**optimizer.defaults, "lr": 0.5}
+    optimizer.defaults = defaults
+    assert optimizer.wrapped.defaults is defaults
