@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +99,8 @@ def check_trainer(train: _Train, steps: int = 6) -> str:
     been taken since the beginning of the run, resuming from `checkpoint` if there is one. It
     returns the model that was trained, and a checkpoint in whatever form the trainer saves and
     resumes. `wrap` returns the optimizer as it is in some runs and an `AveragingOptimizer` in
-    others; a trainer with several optimizers calls it for each.
+    others; a trainer with several optimizers calls it for each. Given parameters, or groups of
+    them, it makes an SGD with momentum.
 
     Return None as the checkpoint if your trainer has none, and resuming is not compared. If two
     runs without averages differ, as they do without a seed, only averages are compared.
@@ -198,7 +199,8 @@ def _averaging(optimizer: Optimizer) -> AveragingOptimizer:
 class _Driven:
     """An optimizer that a trainer drives, and its weights after each step."""
 
-    def __init__(self, bare: Optimizer, wrap: _Wrap) -> None:
+    def __init__(self, given: Any, wrap: _Wrap) -> None:
+        bare = SGD(given, lr=0.01, momentum=0.9) if isinstance(given, Iterable) else given
         if not isinstance(bare, Optimizer) or isinstance(bare, AveragingOptimizer):
             raise TypeError(f"`wrap` must be given a bare torch.optim.Optimizer, got {bare!r}.")
         self.bare = bare
@@ -240,8 +242,8 @@ class _Run:
 def _run(train: _Train, wrap: _Wrap, steps: int, *checkpoint: Any) -> _Run:
     driven: list[_Driven] = []
 
-    def hand_out(optimizer: Optimizer) -> Any:
-        new = _Driven(optimizer, wrap)
+    def hand_out(given: Any) -> Any:
+        new = _Driven(given, wrap)
         # Some trainers make the optimizer again, as after looking for a learning rate.
         driven[:] = [each for each in driven if not _share_weights(each, new)] + [new]
         return new.handed_out

@@ -639,8 +639,8 @@ def returning_a_model(wrap: Wrap, steps: int, checkpoint: Any = None) -> Any:
     return Loop()(wrap, steps)[0]
 
 
-def wrapping_weights(wrap: Wrap, steps: int, checkpoint: Any = None) -> Any:
-    wrap(small_model().parameters())  # type: ignore[arg-type]  # what is wrong
+def wrapping_a_method(wrap: Wrap, steps: int, checkpoint: Any = None) -> Any:
+    wrap(small_model().parameters)  # type: ignore[arg-type]  # what is wrong
 
 
 def wrapping_what_is_wrapped(wrap: Wrap, steps: int, checkpoint: Any = None) -> Any:
@@ -650,7 +650,12 @@ def wrapping_what_is_wrapped(wrap: Wrap, steps: int, checkpoint: Any = None) -> 
 BAD: list[tuple[Any, int, type[Exception], str]] = [
     (without_wrapping, 6, ValueError, "`train` must call `wrap` with its optimizer"),
     (returning_a_model, 6, TypeError, r"`train` must return .* got Sequential\("),
-    (wrapping_weights, 6, TypeError, "`wrap` must be given a bare torch.optim.Optimizer, got <gen"),
+    (
+        wrapping_a_method,
+        6,
+        TypeError,
+        "`wrap` must be given a bare torch.optim.Optimizer, got <bou",
+    ),
     (wrapping_what_is_wrapped, 6, TypeError, "bare torch.optim.Optimizer, got AveragingOptimizer"),
     (Loop(), 1, ValueError, "`steps` must be at least 2, got 1"),
 ]
@@ -672,3 +677,16 @@ def test_the_page_explains_every_claim_and_shows_reports_as_they_are() -> None:
         check_trainer(ClampingAndSavingNoOptimizer())
     _, report = str(raised.value).split("\n", 1)
     assert f"```text\n{report}\n```" in page
+
+
+def test_an_optimizer_is_made_for_parameters() -> None:
+    def train(make_optimizer: Any, steps: int, checkpoint: Any = None) -> Any:
+        model = small_model()
+        optimizer = make_optimizer(model.parameters())
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss_of_batch(model, step).backward()
+            optimizer.step()
+        return model, None
+
+    assert "ok            Every step is averaged." in check_trainer(train)
