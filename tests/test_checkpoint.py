@@ -539,3 +539,17 @@ def test_many_groups_are_matched_in_their_order() -> None:
     weights, other = build()
     other.load_state_dict(optimizer.state_dict())
     assert [other.state[weight]["averaged_ema"].item() for weight in weights] == list(range(12))
+
+
+def test_what_a_state_holds_beside_entries_of_parameters_is_loaded_as_the_bare_optimizer_does() -> (
+    None
+):
+    model, bare = small_model(), SGD(small_model().parameters(), lr=0.1, momentum=0.9)
+    optimizer = averaging_sgd(model, EMA(0.9))
+    train(model, optimizer, 1)
+    saved = optimizer.state_dict()
+    saved["state"]["note"] = "of the whole run"
+    bare.load_state_dict(saved)
+    optimizer.load_state_dict(saved)
+    states: list[Any] = [optimizer.wrapped.state, bare.state]
+    assert [state["note"] for state in states] == ["of the whole run"] * 2
