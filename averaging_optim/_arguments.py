@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from averaging_optim._averages.average import store_keys
 from averaging_optim._averages.moving import has_memory_of_its_own
-from averaging_optim._averages.sources import Buffers, Excluded, unwrapped
-from averaging_optim._checks import check_bool
+from averaging_optim._averages.sources import Buffers, Excluded, module_inside, unwrapped
+from averaging_optim._checks import check_bool, check_either
 from averaging_optim._rules import Formula, Rule
 
 AnyRule = Rule | Callable[[int], float]
@@ -44,9 +44,7 @@ def check_optimizer(optimizer: object) -> None:
 
 def checked_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model, which must be whole."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
-    parameters = list(model.parameters())
+    parameters = list(module_inside("model", model).parameters())
     if not any(is_lazy(each) or each.numel() for each in parameters):
         raise ValueError(
             f"`model` must have parameters that are not empty, got a {type(model).__name__} of "
@@ -191,8 +189,7 @@ def checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 def rounds_at_random(rounding: str, dtype: torch.dtype | None) -> bool:
     """Return whether averages are rounded stochastically."""
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"`rounding` must be 'nearest' or 'stochastic', got {rounding!r}.")
+    check_either("rounding", rounding, "nearest", "stochastic")
     if rounding == "stochastic" and dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             "`rounding` must be 'nearest' unless averages have 16 bits, got 'stochastic' with "

@@ -14,7 +14,7 @@ from averaging_optim._averages.average import Average
 from averaging_optim._averages.averages import Averages
 from averaging_optim._averages.moving import detached_copy
 from averaging_optim._averages.sharding import fsdp_modules
-from averaging_optim._averages.sources import unwrapped
+from averaging_optim._averages.sources import module_inside
 from averaging_optim._averages.swap import Swap
 from averaging_optim._averages.teachers import Teacher, averaged_copy, bind
 from averaging_optim._checkpoints.exports import IncompatibleKeys, plain_keys, read_exported
@@ -281,7 +281,8 @@ class Averaged:
             chosen = self._chosen(name)
             check_integer("n_averaged", n_averaged, at_least=1)
             check_bool("strict", strict)
-            sources, inside = [averages.look_up() for averages, _ in chosen], unwrapped(model)
+            inside = module_inside("model", model)
+            sources = [averages.look_up() for averages, _ in chosen]
             values, incompatible = read_exported(inside, state_dict, sources, strict)
             for some in sources:
                 some.tell_of_left_buffers(inside)
@@ -310,9 +311,7 @@ class Averaged:
             ValueError: a parameter requires a gradient and is neither averaged nor left out by
                 `average=False` or `exclude`, or no parameter of the model is averaged.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` must be a torch.nn.Module, got {model!r}.")
-        inside = unwrapped(model)
+        inside = module_inside("model", model)
         for each in fsdp_modules(inside):
             each.reshard()  # after a forward alone, the root has other parameters
         sources = [averages.look_up() for averages in self._each]

@@ -35,6 +35,17 @@ def check_real(argument: str, value: object, interval: str) -> None:
         raise ValueError(f"`{argument}` must be in {interval}, got {value}.")
 
 
+def check_either(argument: str, value: object, first: str, second: str) -> None:
+    if value not in (first, second):
+        raise ValueError(f"`{argument}` must be {first!r} or {second!r}, got {value!r}.")
+
+
+def check_names(argument: str, names: Sequence[str]) -> None:
+    """Raise unless these are names, at least one and each another."""
+    if isinstance(names, str) or not 0 < len(set(names)) == len(names):
+        raise ValueError(f"`{argument}` must be a list of different names, got {names!r}.")
+
+
 def checked_mapping(entry: str, value: Any) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"`{entry}` must be a dict, got {short_repr(value)}.")

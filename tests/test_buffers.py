@@ -894,3 +894,20 @@ def test_lazy_parameters_and_buffers_are_averaged_as_if_they_had_been_made_befor
 
     made, lazy = lazy_model(is_made=True), lazy_model(is_made=False)
     assert frozen(averaged(lazy)) == frozen(averaged(made))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        AveragingOptimizer.check_model,
+        AveragingOptimizer.averaged_model,
+        AveragingOptimizer.averaged_state_dict,
+        lambda optimizer, model: optimizer.load_averaged_state_dict(model, {}),
+    ],
+)
+def test_calls_that_are_given_no_model_are_refused(
+    call: Callable[[AveragingOptimizer, Any], object],
+) -> None:
+    optimizer = averaging(model := model_with_batch_norm(), EMA(0.5))
+    with pytest.raises(TypeError, match=r"^`model` must be a torch\.nn\.Module, got <generator"):
+        call(optimizer, model.parameters())

@@ -270,7 +270,8 @@ class Averages(Mapping[str, Average]):
         """Warn, once, if weights were trained that the average lacks."""
         if told := self._past.message(average, self.steps.value, bool(self.state.kept)):
             warn_user(told)
-        self.given.compare(self._parameters())
+        if not self.given.has_begun:
+            self.given.compare(self._parameters())
         if told := self.given.message():
             warn_user(told)
 

@@ -34,9 +34,7 @@ class Given:
         self._ids.update(map(id, parameters))
 
     def compare(self, parameters: Sequence[Tensor]) -> None:
-        """Look, until training has begun, for others in the place of parameters still in use."""
-        if self.has_begun:
-            return
+        """Look for others in the place of parameters still in use; only before training."""
         # FSDP2 replaces the weights themselves.
         others = [
             each for each in parameters if id(each) not in self._ids and not sharding_of(each)

@@ -260,6 +260,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def module_inside(argument: str, model: object) -> nn.Module:
+    """Return the module inside of an argument, or raise unless that is one."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`{argument}` must be a torch.nn.Module, got {model!r}.")
+    return unwrapped(model)
+
+
 def wrapped_as(model: nn.Module) -> str:
     """Return the attribute by which a wrapper has its model, "" of what is no wrapper."""
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from averaging_optim._averages.moving import copy_into, share_memory, storages
 from averaging_optim._averages.sharding import fsdp_modules, is_uneven, local_parts, sharding_of
-from averaging_optim._averages.sources import Buffers, unwrapped
+from averaging_optim._averages.sources import Buffers, module_inside
 from averaging_optim._averages.store import TensorStore
 from averaging_optim._warnings import warn_user
 
@@ -149,9 +149,7 @@ def bind(into: nn.Module, model: nn.Module, stores: Sequence[TensorStore]) -> nn
         TypeError: it is no module.
         ValueError: it has not the parameters and buffers of the model, or shares them.
     """
-    if not isinstance(into, nn.Module):
-        raise TypeError(f"`into` must be a torch.nn.Module, got {into!r}.")
-    into = unwrapped(into)
+    into = module_inside("into", into)
     for each in fsdp_modules(into):
         each.reshard()
     wanted = dict(model.named_parameters(remove_duplicate=False))

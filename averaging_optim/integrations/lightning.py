@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from averaging_optim import AveragingOptimizer, together
+from averaging_optim._checks import check_either, check_names
 from averaging_optim.integrations._lightning_passes import Pass, evaluate_in_passes
 
 _Checkpoint: TypeAlias = dict[str, Any]
@@ -95,10 +96,9 @@ class EvaluateAveraged(Callback):
         names: Sequence[str] | None = None,
         save: Literal["training", "averaged"] = "training",
     ) -> None:
-        if save not in ("training", "averaged"):
-            raise ValueError(f"`save` must be 'training' or 'averaged', got {save!r}.")
-        if names is not None and (isinstance(names, str) or not 0 < len(set(names)) == len(names)):
-            raise ValueError(f"`names` must be a list of different names, got {names!r}.")
+        check_either("save", save, "training", "averaged")
+        if names is not None:
+            check_names("names", names)
         self.name = name
         self.names = names
         self.save = save

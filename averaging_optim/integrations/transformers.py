@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 
 from averaging_optim import AveragingOptimizer
+from averaging_optim._checks import check_either, check_names
 from averaging_optim._warnings import warn_user
 
 # Folder for them in a checkpoint whose own model files hold the average.
@@ -79,9 +80,9 @@ class AveragedEvaluationMixin(Trainer):
         save: Literal["training", "averaged"] = "training",
         **kwargs: Any,
     ) -> None:
-        _check_names(averaged_names)
-        if save not in ("training", "averaged"):
-            raise ValueError(f"`save` must be 'training' or 'averaged', got {save!r}.")
+        if averaged_names is not None:
+            check_names("averaged_names", averaged_names)
+        check_either("save", save, "training", "averaged")
         super().__init__(*args, **kwargs)
         self.averaged_name = averaged_name or (averaged_names[0] if averaged_names else None)
         self.averaged_names = averaged_names
@@ -262,12 +263,3 @@ class _BeforeTraining(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._check()
-
-
-def _check_names(averaged_names: Sequence[str] | None) -> None:
-    if averaged_names is None:
-        return
-    if isinstance(averaged_names, str) or not 0 < len(set(averaged_names)) == len(averaged_names):
-        raise ValueError(
-            f"`averaged_names` must be a list of different names, got {averaged_names!r}."
-        )
